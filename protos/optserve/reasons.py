@@ -1,0 +1,21 @@
+"""Reasons of refusals, and the name under which they travel."""
+
+from __future__ import annotations
+
+from optserve.v1.error_pb2 import Reason
+
+DOMAIN = "optserve"
+"""``domain`` of every ErrorInfo."""
+
+_PREFIX = "REASON_"
+
+
+def reason_name(reason: Reason.ValueType) -> str:
+    """Return the name of ``reason`` as ErrorInfo carries it: ``SHAPE_MISMATCH``."""
+    return Reason.Name(reason).removeprefix(_PREFIX)
+
+
+def reason_of(name: str) -> Reason.ValueType:
+    """Return the reason that ErrorInfo calls ``name``; REASON_UNSPECIFIED if this version does not know it."""
+    key = _PREFIX + name
+    return Reason.Value(key) if key in Reason.keys() else Reason.REASON_UNSPECIFIED
