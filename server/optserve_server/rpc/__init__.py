@@ -1,0 +1,1 @@
+"""The gRPC adapter: decodes requests into the core's values, calls the core, encodes what it answers."""
