@@ -93,6 +93,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """A fault of the server left the session half changed; it can only be deleted (DATA_LOSS)."""
     REASON_SESSION_DELETED: _Reason.ValueType  # 27
     """The session was deleted while the call was going on (ABORTED)."""
+    REASON_STALLED: _Reason.ValueType  # 33
+    """The client neither sent nor read for Limits.stall_timeout_s in the middle of a transfer (DEADLINE_EXCEEDED)."""
     REASON_TOO_MANY: _Reason.ValueType  # 28
     """A limit: do what the message says (RESOURCE_EXHAUSTED).
 
@@ -177,6 +179,8 @@ REASON_SESSION_FAILED: Reason.ValueType  # 26
 """A fault of the server left the session half changed; it can only be deleted (DATA_LOSS)."""
 REASON_SESSION_DELETED: Reason.ValueType  # 27
 """The session was deleted while the call was going on (ABORTED)."""
+REASON_STALLED: Reason.ValueType  # 33
+"""The client neither sent nor read for Limits.stall_timeout_s in the middle of a transfer (DEADLINE_EXCEEDED)."""
 REASON_TOO_MANY: Reason.ValueType  # 28
 """A limit: do what the message says (RESOURCE_EXHAUSTED).
 

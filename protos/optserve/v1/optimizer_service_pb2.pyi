@@ -673,7 +673,9 @@ class TrainRequest(_message.Message):
 
     @_builtins.property
     def begin(self) -> Global___StepBegin:
-        """begin of a step. After a refusal, whatever comes before the next begin is ignored."""
+        """begin of a step; gives up a step that was begun and not ended. After a refusal, whatever comes before the next
+        begin is ignored.
+        """
 
     @_builtins.property
     def chunks(self) -> _tensor_pb2.TensorChunks:
@@ -1369,6 +1371,7 @@ class Limits(_message.Message):
     EXPRESSION_NODES_MAX_FIELD_NUMBER: _builtins.int
     LOSS_POINTS_MAX_FIELD_NUMBER: _builtins.int
     ROUND_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    STALL_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     sessions_max: _builtins.int
     """sessions_max is how many sessions there may be."""
     streams_max: _builtins.int
@@ -1401,6 +1404,10 @@ class Limits(_message.Message):
     """loss_points_max is how many points of each split a session's history keeps."""
     round_timeout_s: _builtins.float
     """round_timeout_s is how long, in seconds, a step waits for the other workers."""
+    stall_timeout_s: _builtins.float
+    """stall_timeout_s is how long, in seconds, a client may neither send nor read in the middle of a transfer. Between two
+    steps a stream may rest for ever.
+    """
     def __init__(
         self,
         *,
@@ -1420,10 +1427,11 @@ class Limits(_message.Message):
         expression_nodes_max: _builtins.int = ...,
         loss_points_max: _builtins.int = ...,
         round_timeout_s: _builtins.float = ...,
+        stall_timeout_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes_max", b"chunk_bytes_max", "dimensions_max", b"dimensions_max", "expression_chars_max", b"expression_chars_max", "expression_nodes_max", b"expression_nodes_max", "groups_max", b"groups_max", "loss_bytes_max", b"loss_bytes_max", "loss_points_max", b"loss_points_max", "memory_bytes_max", b"memory_bytes_max", "message_bytes_max", b"message_bytes_max", "name_bytes_max", b"name_bytes_max", "parameters_max", b"parameters_max", "round_timeout_s", b"round_timeout_s", "session_bytes_max", b"session_bytes_max", "sessions_max", b"sessions_max", "streams_max", b"streams_max", "workers_max", b"workers_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes_max", b"chunk_bytes_max", "dimensions_max", b"dimensions_max", "expression_chars_max", b"expression_chars_max", "expression_nodes_max", b"expression_nodes_max", "groups_max", b"groups_max", "loss_bytes_max", b"loss_bytes_max", "loss_points_max", b"loss_points_max", "memory_bytes_max", b"memory_bytes_max", "message_bytes_max", b"message_bytes_max", "name_bytes_max", b"name_bytes_max", "parameters_max", b"parameters_max", "round_timeout_s", b"round_timeout_s", "session_bytes_max", b"session_bytes_max", "sessions_max", b"sessions_max", "stall_timeout_s", b"stall_timeout_s", "streams_max", b"streams_max", "workers_max", b"workers_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
