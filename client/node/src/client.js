@@ -1,0 +1,127 @@
+/** The way to a server. */
+import { credentials } from '@grpc/grpc-js';
+
+import { Calls } from './calls.js';
+import { decode, encode, OptimizerService } from './contract.js';
+import { MESSAGE_DATA_BYTES_MAX } from './framing.js';
+import { Session, statusOf } from './session.js';
+import { headerToMessage, tensorOf, tensorToMessage } from './tensor.js';
+
+/** @typedef {import('./types.js').Catalogue} Catalogue */
+/** @typedef {import('./types.js').ClientOptions} ClientOptions */
+/** @typedef {import('./types.js').NewSession} NewSession */
+/** @typedef {import('./types.js').ServerInfo} ServerInfo */
+/** @typedef {import('./types.js').SessionStatus} SessionStatus */
+/** @typedef {import('./types.js').Tensor} Tensor */
+/** @typedef {import('./types.js').TensorHeader} TensorHeader */
+
+const TIMEOUT_S = 60; // As long as the server's own wait for a round, by default.
+const RETRIES = 4; // 0.2 + 0.4 + 0.8 + 1.6 s: a restart of the server fits in.
+
+/**
+ * Make a client of the server at `target`. Connects with the first call.
+ *
+ * @param {string} target `host:port`, or any other name that gRPC resolves.
+ * @param {ClientOptions} [options]
+ * @returns {Client}
+ */
+export function connect(target, options) {
+  return new Client(target, options);
+}
+
+/** Made by `connect`. */
+export class Client {
+  #calls;
+  #retries;
+
+  /** @param {string} target @param {ClientOptions} [options] */
+  constructor(target, { credentials: secret, timeoutS = TIMEOUT_S, retries = RETRIES, channel } = {}) {
+    const stub = new OptimizerService(target, secret ?? credentials.createInsecure(), channel);
+    this.#calls = new Calls(stub, timeoutS);
+    this.#retries = retries;
+  }
+
+  /**
+   * Make a session, and bring the values of its parameters over, in one message or as chunks.
+   *
+   * @param {NewSession} given
+   * @returns {Promise<Session>}
+   */
+  async createSession({ parameters, ...rest }) {
+    const spec = encode('SessionSpec', rest, 'spec');
+    const { headers, values } = parametersOf(parameters);
+    spec.parameters = headers;
+    const bytes = [...values.values()].reduce((sum, { data }) => sum + data.byteLength, 0);
+    const fits = bytes <= MESSAGE_DATA_BYTES_MAX;
+    const sent = fits ? [...values].map(([name, tensor]) => tensorToMessage(tensor, name)) : [];
+    const answer = await this.#calls.unary('createSession', { spec, values: sent });
+    const session = this.#sessionOf(answer.session);
+    if (fits) return session;
+    try {
+      await session.upload(values);
+      return session;
+    } catch (error) {
+      await session.delete().catch(() => {}); // Nobody would know its id; the first error says more.
+      throw error;
+    }
+  }
+
+  /** Find a session that there is. @param {string} sessionId @returns {Promise<Session>} */
+  async getSession(sessionId) {
+    return this.#sessionOf((await this.#calls.unary('getSession', { sessionId })).session);
+  }
+
+  /**
+   * List the sessions of the server, the oldest first.
+   *
+   * @param {{pageSize?: number}} [options] `pageSize`: how many to ask for at once.
+   * @returns {AsyncGenerator<SessionStatus, void, void>}
+   */
+  async *listSessions(options = {}) {
+    const request = encode('ListSessionsRequest', options, 'listSessions');
+    let pageToken = '';
+    do {
+      const page = await this.#calls.unary('listSessions', { ...request, pageToken });
+      yield* page.sessions.map(statusOf);
+      pageToken = page.nextPageToken;
+    } while (pageToken !== '');
+  }
+
+  /** List every optimizer, scheduler and loss with its hyperparameters. @returns {Promise<Catalogue>} */
+  async catalogue() {
+    return decode('GetCatalogueResponse', await this.#calls.unary('getCatalogue', {}));
+  }
+
+  /** Ask what the server is and what it allows. @returns {Promise<ServerInfo>} */
+  async serverInfo() {
+    return decode('GetServerInfoResponse', await this.#calls.unary('getServerInfo', {}));
+  }
+
+  /** Close every stream, and then the channel. The sessions stay on the server. @returns {Promise<void>} */
+  close() {
+    return this.#calls.close();
+  }
+
+  async [Symbol.asyncDispose]() {
+    await this.close();
+  }
+
+  /** @param {any} message */
+  #sessionOf(message) {
+    return new Session(this.#calls, message, this.#retries);
+  }
+}
+
+/** @param {NewSession['parameters']} given @returns {{headers: any[], values: Map<string, Tensor>}} */
+function parametersOf(given) {
+  const entries = given instanceof Map ? [...given] : Object.entries(given ?? {});
+  /** @type {Map<string, Tensor>} */
+  const values = new Map();
+  const headers = entries.map(([name, value]) => {
+    if (!ArrayBuffer.isView(value) && !('data' in value)) return headerToMessage(value, name);
+    const tensor = tensorOf(value, { path: `parameters.${name}` });
+    values.set(name, tensor);
+    return headerToMessage(tensor, name);
+  });
+  return { headers, values };
+}

@@ -1,0 +1,176 @@
+/**
+ * What can go wrong, and whose mistake it is. Decide by class or by `reason`, never by the text of a message.
+ *
+ *     OptserveError
+ *     ├── CallerError          the caller's mistake: sending it again is refused again
+ *     ├── SessionStateError    ask where the session stands, and go on from there
+ *     ├── LimitError           a limit: do what the message says
+ *     ├── DrainingError        the server is about to stop
+ *     ├── InternalError        the server's fault
+ *     └── ConnectionError      no answer of an optserve: not reached, too late, cancelled, or nonsense
+ */
+import { status as Code } from '@grpc/grpc-js';
+import { fromJSON } from '@grpc/proto-loader';
+
+/** @typedef {import('./types.js').Reason} Reason */
+/**
+ * @typedef {object} Facts
+ * @property {Reason} [reason] Why it was refused. Unset: it was not an optserve that refused it.
+ * @property {number} [code] gRPC status code.
+ * @property {string} [field] Path of the field at fault: `gradients[2].shape`. Empty: no single field.
+ * @property {string} [expected] What would have been right.
+ * @property {string} [actual] What came.
+ * @property {number} [retryAfterS] Seconds after which the same may work. Unset: not by waiting.
+ * @property {string} [requestId] Finds an internal error in the server's log.
+ * @property {unknown} [cause] The gRPC error.
+ */
+
+export class OptserveError extends Error {
+  /** @param {string} message @param {Facts} [facts] */
+  constructor(message, facts = {}) {
+    super(message, facts.cause === undefined ? undefined : { cause: facts.cause });
+    this.name = new.target.name;
+    this.reason = facts.reason;
+    this.code = facts.code ?? Code.INVALID_ARGUMENT;
+    this.field = facts.field ?? '';
+    this.expected = facts.expected ?? '';
+    this.actual = facts.actual ?? '';
+    this.retryAfterS = facts.retryAfterS;
+    this.requestId = facts.requestId;
+  }
+}
+
+/** The caller's mistake: sending it again is refused again. */
+export class CallerError extends OptserveError {}
+/** The session's state does not allow it: ask where it stands, and go on from there. */
+export class SessionStateError extends OptserveError {}
+/** A limit of the server: do what the message says. */
+export class LimitError extends OptserveError {}
+/** The server is about to stop: try again, here or elsewhere. */
+export class DrainingError extends OptserveError {}
+/** The server's fault. */
+export class InternalError extends OptserveError {}
+/** No answer of an optserve: it was not reached, came too late, or was cancelled. */
+export class ConnectionError extends OptserveError {}
+
+/** @type {Map<string, typeof OptserveError>} */
+export const CLASS_OF = new Map([
+  ...rows(CallerError, [
+    'MALFORMED_MESSAGE', 'UNKNOWN_FIELD', 'MISSING_FIELD', 'INVALID_FIELD', 'INVALID_NAME', 'UNKNOWN_NAME',
+    'INVALID_HYPERPARAMETER', 'INVALID_EXPRESSION', 'SHAPE_MISMATCH', 'DATA_TYPE_MISMATCH', 'BYTE_COUNT_MISMATCH',
+    'CHUNK_OUT_OF_ORDER', 'EVENT_OUT_OF_ORDER', 'NON_FINITE_GRADIENT', 'NO_GRADIENT', 'TARGET_OUT_OF_RANGE',
+  ]),
+  ...rows(SessionStateError, [
+    'SESSION_NOT_FOUND', 'PARAMETERS_NOT_SET', 'LOSS_NOT_SET', 'STEP_OUT_OF_ORDER', 'EPOCH_OUT_OF_ORDER', 'EPOCH_EMPTY',
+    'WORKER_BUSY', 'ROUND_TIMEOUT', 'SCHEDULE_FAILED', 'SESSION_FAILED', 'SESSION_DELETED',
+  ]),
+  ...rows(LimitError, ['TOO_MANY', 'MEMORY_EXHAUSTED', 'LIMIT_EXCEEDED']),
+  ...rows(DrainingError, ['DRAINING']),
+  ...rows(InternalError, ['INTERNAL']),
+]);
+
+// google/rpc/{status,error_details}.proto, as far as the contract uses them; no package that we need anyway ships them.
+/** @type {any} */
+const GOOGLE_RPC = {
+  Status: {
+    fields: {
+      code: { id: 1, type: 'int32' },
+      message: { id: 2, type: 'string' },
+      details: { id: 3, type: 'Any', rule: 'repeated' },
+    },
+  },
+  Any: { fields: { type_url: { id: 1, type: 'string' }, value: { id: 2, type: 'bytes' } } },
+  ErrorInfo: {
+    fields: {
+      reason: { id: 1, type: 'string' },
+      domain: { id: 2, type: 'string' },
+      metadata: { id: 3, type: 'string', keyType: 'string' },
+    },
+  },
+  RetryInfo: { fields: { retry_delay: { id: 1, type: 'Duration' } } },
+  Duration: { fields: { seconds: { id: 1, type: 'int64' }, nanos: { id: 2, type: 'int32' } } },
+};
+const rpc = fromJSON(
+  { nested: { google: { nested: { rpc: { nested: GOOGLE_RPC } } } } },
+  { keepCase: true, longs: Number, defaults: true },
+);
+
+/**
+ * Turn a gRPC error into ours.
+ *
+ * @param {import('@grpc/grpc-js').ServiceError} error
+ * @returns {OptserveError}
+ */
+export function errorFromStatus(error) {
+  const details = detailsOf(error);
+  const info = details.get('google.rpc.ErrorInfo');
+  if (info?.domain !== 'optserve') {
+    const message = `${Code[error.code] ?? 'UNKNOWN'}: ${error.details || error.message}`;
+    return new ConnectionError(message, { code: error.code, cause: error });
+  }
+  const delay = details.get('google.rpc.RetryInfo')?.retry_delay;
+  return errorOf(error.details, {
+    reason: info.reason,
+    code: error.code,
+    field: info.metadata.field,
+    expected: info.metadata.expected,
+    actual: info.metadata.actual,
+    requestId: info.metadata.request_id,
+    retryAfterS: secondsOf(delay),
+    cause: error,
+  });
+}
+
+/**
+ * Turn the Refusal of a step on a stream into an error.
+ *
+ * @param {import('../generated/optserve/v1/Refusal.js').Refusal__Output} refusal
+ * @returns {OptserveError}
+ */
+export function errorFromRefusal(refusal) {
+  return errorOf(refusal.message, {
+    reason: /** @type {Reason} */ (refusal.reason.replace(/^REASON_/, '')),
+    code: refusal.code,
+    field: refusal.field,
+    expected: refusal.expected,
+    actual: refusal.actual,
+    retryAfterS: secondsOf(refusal.retryAfter),
+  });
+}
+
+/** @param {typeof OptserveError} type @param {Reason[]} reasons @returns {[string, typeof OptserveError][]} */
+function rows(type, reasons) {
+  return reasons.map((reason) => [reason, type]);
+}
+
+/** @param {string} message @param {Facts} facts */
+function errorOf(message, facts) {
+  return new (CLASS_OF.get(facts.reason ?? '') ?? OptserveError)(message, facts);
+}
+
+/** @param {import('@grpc/grpc-js').ServiceError} error @returns {Map<string, any>} By full name of the message. */
+function detailsOf(error) {
+  const details = new Map();
+  const [packed] = error.metadata?.get('grpc-status-details-bin') ?? [];
+  if (!Buffer.isBuffer(packed)) return details;
+  try {
+    for (const { type_url: url, value } of unpack('google.rpc.Status', packed).details) {
+      const name = url.slice(url.lastIndexOf('/') + 1);
+      if (name in rpc) details.set(name, unpack(name, value));
+    }
+  } catch {
+    // Whoever answered speaks another language: the status code and its text are all there is.
+  }
+  return details;
+}
+
+/** @param {string} name @param {Buffer} bytes @returns {any} */
+function unpack(name, bytes) {
+  const definition = /** @type {import('@grpc/proto-loader').MessageTypeDefinition<any, any>} */ (rpc[name]);
+  return definition.deserialize(bytes);
+}
+
+/** @param {{seconds: number, nanos: number} | null | undefined} duration */
+function secondsOf(duration) {
+  return duration ? duration.seconds + duration.nanos / 1e9 : undefined;
+}

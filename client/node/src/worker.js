@@ -1,0 +1,227 @@
+/** One worker's steps over its long-lived Train stream. */
+import { status as Code } from '@grpc/grpc-js';
+
+import { ConnectionError, errorFromRefusal } from './errors.js';
+import { Assembly, split } from './framing.js';
+import { arrived, emptyTensor, headerFromMessage, headerToMessage, memoryOf, wireBytes } from './tensor.js';
+
+/** @typedef {import('./calls.js').Calls} Calls */
+/** @typedef {import('./calls.js').Stream} Stream */
+/** @typedef {import('./types.js').Elements} Elements */
+/** @typedef {import('./types.js').StepOptions} StepOptions */
+/** @typedef {import('./types.js').StepResult} StepResult */
+/** @typedef {import('./types.js').Tensor} Tensor */
+/** @typedef {import('./session.js').Session} Session */
+
+/** A worker of a session. Made by `Session.join`; it takes one step at a time. */
+export class Worker {
+  #calls;
+  #session;
+  /** @type {TrainStream | undefined} */ #stream;
+  /** @type {Promise<unknown>} */ #turn = Promise.resolve();
+  #closed = false;
+
+  /** @param {Calls} calls @param {Session} session @param {number} worker */
+  constructor(calls, session, worker) {
+    this.#calls = calls;
+    this.#session = session;
+    /** Number of the worker, from 0. */
+    this.worker = worker;
+  }
+
+  /** Open the stream, unless it is open. @returns {Promise<void>} */
+  async open() {
+    await this.#opened();
+  }
+
+  /**
+   * Contribute gradients to a step and return what the step did, once every worker has contributed.
+   *
+   * When the server was not to be reached, the stream is opened anew and the step is sent again under its number: it is
+   * applied once.
+   *
+   * @param {import('./types.js').Named<import('./types.js').TensorLike>} gradients By the names of their parameters. Must
+   *     not change until the step has ended. A parameter that is not here has no gradient, which is not one of zeros.
+   * @param {StepOptions} [options]
+   * @returns {Promise<StepResult>}
+   * @throws {import('./errors.js').OptserveError} Nothing was changed, unless it is a ConnectionError: then it is not known.
+   */
+  step(gradients, { step, into } = {}) {
+    const turn = this.#turn.then(() => {
+      const number = step ?? this.#session.steps + 1;
+      const tensors = this.#session.gradientsOf(gradients);
+      const targets = this.#session.targetsOf(into ?? {});
+      return this.#session.persevere(async () => {
+        const stream = await this.#opened();
+        return stream.step(number, tensors, targets, this.#session.stepTimeoutS);
+      });
+    });
+    this.#turn = turn.catch(() => {});
+    return turn.then((result) => this.#session.noteStep(result));
+  }
+
+  /** Close the stream; a step that is under way fails. @returns {Promise<void>} */
+  async close() {
+    this.#closed = true;
+    await this.#stream?.close();
+  }
+
+  async [Symbol.asyncDispose]() {
+    await this.close();
+  }
+
+  async #opened() {
+    if (this.#closed) throw new ConnectionError('the worker has been closed', { code: Code.CANCELLED });
+    if (this.#stream === undefined || this.#stream.isOver) {
+      this.#stream = new TrainStream(this.#calls);
+      this.#session.noteStatus(await this.#stream.open(this.#session.id, this.worker));
+    }
+    return this.#stream;
+  }
+}
+
+/** A call of Train. */
+class TrainStream {
+  #stream;
+  #timeoutS;
+  /** @type {Answer | undefined} */ #answer;
+
+  /** @param {Calls} calls */
+  constructor(calls) {
+    this.#timeoutS = calls.timeoutS;
+    this.#stream = calls.open('train', (response) => this.#receive(response));
+    this.#stream.ended.then(
+      () => this.#answer?.reject(new ConnectionError('the server ended the stream', { code: Code.UNAVAILABLE })),
+      (error) => this.#answer?.reject(error),
+    );
+  }
+
+  get isOver() {
+    return this.#stream.isOver;
+  }
+
+  /** @param {string} sessionId @param {number} worker @returns {Promise<any>} The SessionStatus of TrainOpened. */
+  open(sessionId, worker) {
+    return this.#ask([{ open: { sessionId, worker } }], new Map(), this.#timeoutS);
+  }
+
+  /**
+   * @param {number} step
+   * @param {Map<string, Tensor>} gradients
+   * @param {ReadonlyMap<string, Elements>} targets
+   * @param {number} timeoutS
+   * @returns {Promise<StepResult>}
+   */
+  step(step, gradients, targets, timeoutS) {
+    const headers = [...gradients].map(([name, tensor]) => headerToMessage(tensor, name));
+    /** @returns {Iterable<any>} */
+    function* events() {
+      yield { begin: { step, gradients: headers } };
+      for (const chunks of split([...gradients.values()].map(wireBytes))) yield { chunks };
+      yield { end: {} };
+    }
+    return this.#ask(events(), targets, timeoutS);
+  }
+
+  /** @returns {Promise<void>} */
+  async close() {
+    this.#answer?.reject(new ConnectionError('the worker was closed', { code: Code.CANCELLED }));
+    await this.#stream.leave();
+  }
+
+  /** @param {Iterable<any>} events @param {ReadonlyMap<string, Elements>} targets @param {number} timeoutS */
+  async #ask(events, targets, timeoutS) {
+    const answer = (this.#answer = new Answer(targets));
+    this.#stream.expectWithin(timeoutS);
+    try {
+      for (const event of events) {
+        if (answer.isSettled) break; // Refused: what was still to come would be ignored.
+        await this.#stream.write(event);
+      }
+      return await answer.settled;
+    } finally {
+      this.#answer = undefined;
+      this.#stream.expectWithin(undefined);
+    }
+  }
+
+  /** @param {any} response */
+  #receive(response) {
+    if (this.#answer === undefined) throw new RangeError('it answers what was not asked');
+    this.#answer.add(response);
+  }
+}
+
+/** The answer to one event or one step, as it comes in. */
+class Answer {
+  #targets;
+  /** @type {any} */ #result;
+  /** @type {[string, Tensor][]} */ #parameters = [];
+  #assembly = new Assembly([]);
+  /** @type {(value: any) => void} */ #resolve = () => {};
+  isSettled = false;
+
+  /** @param {ReadonlyMap<string, Elements>} targets Arrays for the parameters, by name. */
+  constructor(targets) {
+    this.#targets = targets;
+    /** @type {(error: Error) => void} */
+    this.reject = () => {};
+    /** @type {Promise<any>} */
+    this.settled = new Promise((resolve, reject) => {
+      this.#resolve = (value) => {
+        this.isSettled = true;
+        resolve(value);
+      };
+      this.reject = (error) => {
+        this.isSettled = true;
+        reject(error);
+      };
+    });
+    this.settled.catch(() => {}); // It may be refused while its gradients are still being written.
+  }
+
+  /** @param {any} response A TrainResponse. @throws {RangeError} It is not one that may come now. */
+  add(response) {
+    if (response.opened) {
+      this.#resolve(response.opened.status);
+    } else if (response.refused) {
+      this.reject(errorFromRefusal(response.refused.refusal));
+    } else if (response.result) {
+      this.#begin(response.result);
+    } else if (response.chunks) {
+      this.#assembly.add(response.chunks.chunks);
+    } else if (response.end && this.#result) {
+      this.#assembly.finish();
+      for (const [, tensor] of this.#parameters) arrived(tensor);
+      this.#resolve(stepResultOf(this.#result, this.#parameters));
+    } else {
+      throw new RangeError('an event is empty or came too early');
+    }
+  }
+
+  /** @param {any} result */
+  #begin(result) {
+    this.#result = result;
+    this.#parameters = result.parameters.map((/** @type {any} */ header) => {
+      const target = this.#targets.get(header.name);
+      return [header.name, emptyTensor(headerFromMessage(header), target)];
+    });
+    this.#assembly = new Assembly(this.#parameters.map(([, tensor]) => memoryOf(tensor.data)));
+  }
+}
+
+/**
+ * Join a StepResult and the parameters that came with it.
+ *
+ * @param {any} message
+ * @param {[string, Tensor][]} parameters
+ * @returns {StepResult}
+ */
+export function stepResultOf({ step, epochs, rates, gradientNorm, replayed }, parameters) {
+  return { step, epochs, rates: ratesOf(rates), gradientNorm, replayed, parameters: Object.fromEntries(parameters) };
+}
+
+/** @param {{group: string, lr: number}[]} rates @returns {Record<string, number>} */
+export function ratesOf(rates) {
+  return Object.fromEntries(rates.map(({ group, lr }) => [group, lr]));
+}
