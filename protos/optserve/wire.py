@@ -86,19 +86,14 @@ class Assembly:
         self._targets = targets
         self._received = [0] * len(targets)
 
-    @property
-    def received_bytes(self) -> int:
-        """How many bytes have come so far, over all tensors."""
-        return sum(self._received)
-
-    def add(self, chunks: Iterable[TensorChunk]) -> None:
-        """Write chunks where they belong.
+    def add(self, chunks: Iterable[TensorChunk]) -> int:
+        """Write chunks where they belong; return how many bytes they are.
 
         Raises:
             ChunkError: A chunk leaves a gap, overlaps or belongs nowhere; those before it have been written.
             ByteCountError: A chunk runs past the end of its tensor; those before it have been written.
         """
-        targets, received = self._targets, self._received
+        targets, received, total = self._targets, self._received, 0
         for chunk in chunks:
             tensor, offset = chunk.tensor, chunk.offset
             data = chunk.data  # copy: message to bytes, made anew by each access, so there is only this one.
@@ -122,6 +117,8 @@ class Assembly:
                 raise _byte_count_error(tensor, len(targets[tensor]), offset + count)
             targets[tensor][offset : offset + count] = data  # copy: bytes to tensor.
             received[tensor] = offset + count
+            total += count
+        return total
 
     def finish(self) -> None:
         """Check that every tensor is complete.

@@ -1,0 +1,46 @@
+"""The command line: settings in, exit code out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+
+from pydantic import ValidationError
+
+from optserve_server import config
+from optserve_server.app import serve
+from optserve_server.core.device import DeviceUnavailableError
+from optserve_server.rpc.server import AddressInUseError
+from optserve_server.telemetry import logs
+
+EXIT_SETTINGS = 2  # As argparse has it: the command line, the environment or the file is wrong.
+EXIT_UNAVAILABLE = 3  # A device or an address that the settings ask for is not to be had.
+
+
+def main() -> int:
+    """Run the server until it is told to stop; return the exit code."""
+    try:
+        settings = config.load(sys.argv[1:], os.environ)
+    except (ValidationError, config.SettingsFileError) as error:
+        sys.stderr.write(f"optserve-server: {_told(error)}\n")
+        return EXIT_SETTINGS
+    logs.configure(settings.log_format, settings.log_level)
+    try:
+        asyncio.run(serve(settings))
+    except (DeviceUnavailableError, AddressInUseError, OSError) as error:
+        sys.stderr.write(f"optserve-server: {error}\n")
+        return EXIT_UNAVAILABLE
+    return 0
+
+
+def _told(error: Exception) -> str:
+    """Say what is wrong with the settings, one line for each."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    lines = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+    return "\n".join([*lines, "see --help"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

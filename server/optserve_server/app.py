@@ -1,0 +1,131 @@
+"""The one place where the parts are joined: start, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+
+from optserve.reasons import reason_name
+from optserve.v1.error_pb2 import Reason
+from optserve_server import __version__
+from optserve_server.config import Config
+from optserve_server.core.actor import Surroundings
+from optserve_server.core.device import Device
+from optserve_server.core.optimizers import OPTIMIZERS
+from optserve_server.core.registry import SessionRegistry
+from optserve_server.rpc.interceptor import methods_of
+from optserve_server.rpc.server import SERVICE, Server
+from optserve_server.telemetry.endpoint import MetricsEndpoint
+from optserve_server.telemetry.metrics import Build, Metrics
+
+_LOGGER = logging.getLogger(__name__)
+_EXPIRY_INTERVALS = 10  # How often within the idle time sessions are looked through.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+async def serve(config: Config) -> None:
+    """Serve until SIGTERM or Ctrl-C, then drain; a second signal ends what still goes on at once.
+
+    Raises:
+        DeviceUnavailableError: The device is not there.
+        AddressInUseError, OSError: An address cannot be bound.
+    """
+    device = Device(config.device)
+    if config.torch_threads:
+        torch.set_num_threads(config.torch_threads)
+    metrics_registry, metrics = _metrics(config, device)
+    with ThreadPoolExecutor(config.threads, thread_name_prefix="optserve") as executor:
+        surroundings = Surroundings(
+            device=device, executor=executor, clock=time.time, observer=metrics
+        )
+        registry = SessionRegistry(config.limits(device.memory_bytes()), surroundings)
+        endpoint = MetricsEndpoint(
+            metrics_registry, host=config.metrics_host, port=config.metrics_port
+        )
+        try:
+            server = Server(registry)
+            port = await server.start(config.host, config.port)
+            address = f"[{config.host}]:{port}" if ":" in config.host else f"{config.host}:{port}"
+            _announce(config, address, endpoint.address, device)
+            await _until_stopped(server, registry, config)
+        finally:
+            endpoint.stop()
+
+
+def _metrics(config: Config, device: Device) -> tuple[CollectorRegistry, Metrics]:
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    metrics = Metrics(
+        registry,
+        build=Build(version=__version__, torch=str(torch.__version__), device=str(device.torch)),
+        methods=methods_of(SERVICE),
+        reasons=[reason_name(reason) for reason in Reason.values()],
+        optimizers=OPTIMIZERS,
+        sessions_max=config.metrics_sessions_max,
+        device_memory_bytes=device.allocated_bytes if device.is_cuda else None,
+    )
+    return registry, metrics
+
+
+def _announce(config: Config, address: str, metrics_address: str, device: Device) -> None:
+    """Say, to people and to whoever started us, that we serve, and where."""
+    _LOGGER.info(
+        "serving",
+        extra={
+            "address": address,
+            "metrics": f"http://{metrics_address}/metrics",
+            "device": str(device.torch),
+            "version": __version__,
+        },
+    )
+    if config.ready_file:
+        ready = {"address": address, "metrics_address": metrics_address}
+        _write_whole(config.ready_file, json.dumps(ready) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that nobody ever sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+async def _until_stopped(server: Server, registry: SessionRegistry, config: Config) -> None:
+    """Expire idle sessions until a signal comes, then drain."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop.set)
+    expiry = asyncio.create_task(_expire_idle(registry, config.idle_timeout_s))
+    await stop.wait()
+    expiry.cancel()
+    _LOGGER.info("draining", extra={"timeout_s": config.drain_timeout_s})
+    hurry = asyncio.Event()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, hurry.set)
+    registry.draining = True
+    await server.announce_end()
+    stopping = asyncio.create_task(server.stop(config.drain_timeout_s))
+    hurrying = asyncio.create_task(hurry.wait())
+    await asyncio.wait((stopping, hurrying), return_when=asyncio.FIRST_COMPLETED)
+    if not stopping.done():
+        await server.stop(0)
+    await stopping
+    hurrying.cancel()
+    _LOGGER.info("stopped")
+
+
+async def _expire_idle(registry: SessionRegistry, idle_timeout_s: float) -> None:
+    while True:
+        await asyncio.sleep(idle_timeout_s / _EXPIRY_INTERVALS)
+        for session_id in await registry.expire_idle(idle_timeout_s):
+            _LOGGER.info("idle session deleted", extra={"session": session_id})

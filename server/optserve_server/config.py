@@ -1,0 +1,180 @@
+"""Every knob of the server, in one frozen model.
+
+Precedence: flags, then environment (``OPTSERVE_PORT``), then the file that ``--config`` or ``OPTSERVE_CONFIG`` names
+(TOML, the same names), then the defaults here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ByteSize, Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from optserve.limits import CHUNK_BYTES_MAX, MESSAGE_BYTES_MAX
+from optserve_server.core.limits import GIB, Limits
+
+ENVIRONMENT_PREFIX = "OPTSERVE_"
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1, le=1 << 31)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Config(BaseSettings):
+    """Serve optimizer sessions over gRPC, with metrics for Prometheus beside them.
+
+    Every flag can also be set in the environment (--sessions-max as OPTSERVE_SESSIONS_MAX) and in a TOML file
+    (sessions_max = 10); a flag wins over the environment, which wins over the file.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENVIRONMENT_PREFIX,
+        cli_prog_name="optserve-server",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        use_attribute_docstrings=True,
+    )
+
+    config: Path | None = None
+    """TOML file with settings; the names are those of the flags, with underscores."""
+
+    host: str = "127.0.0.1"
+    """Address to serve gRPC on. There is no TLS yet: beyond this machine only in a network that you trust."""
+    port: Port = 50051
+    """Port to serve gRPC on; 0 takes a free one."""
+    metrics_host: str = "127.0.0.1"
+    """Address to serve /metrics on."""
+    metrics_port: Port = 9464
+    """Port to serve /metrics on; 0 takes a free one."""
+    metrics_sessions_max: Annotated[int, Field(ge=0)] = 100
+    """How many sessions have series of their own in /metrics."""
+    ready_file: Path | None = None
+    """File to write once the server serves: JSON with `address` and `metrics_address`."""
+
+    device: str = "auto"
+    """Where sessions live: cpu, cuda, cuda:INDEX, or auto for a CUDA device if there is one."""
+    threads: Count = 4
+    """How many sessions may compute at the same time."""
+    torch_threads: Annotated[int, Field(ge=0)] = 0
+    """How many cores torch uses for one operation; 0 leaves it to torch."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least important messages that are logged."""
+    log_format: Literal["text", "json"] = "text"
+    """One line for each event: for people, or for machines."""
+
+    idle_timeout_s: Seconds = 86_400.0
+    """A session that nobody has used for so many seconds is deleted."""
+    drain_timeout_s: Seconds = 30.0
+    """How many seconds calls have to end by themselves after SIGTERM."""
+
+    sessions_max: Count = 1_000
+    """How many sessions there may be."""
+    streams_max: Count = 4_096
+    """How many streams may be open."""
+    memory_bytes_max: ByteSize = ByteSize(0)
+    """Memory that sessions may take together, such as 8GiB; 0 means 80 % of the device's memory."""
+    session_bytes_max: ByteSize = ByteSize(0)
+    """Memory that one session may take; 0 means as much as all together."""
+    loss_bytes_max: ByteSize = ByteSize(GIB)
+    """How large predictions and targets of one evaluation may be."""
+    message_bytes_max: Annotated[ByteSize, Field(ge=1 << 20, le=1 << 30)] = ByteSize(
+        MESSAGE_BYTES_MAX
+    )
+    """How large one message may be. More than 4MiB is more than clients take by default."""
+    chunk_bytes_max: Annotated[ByteSize, Field(ge=1 << 10)] = ByteSize(CHUNK_BYTES_MAX)
+    """How much tensor data one message of a stream may hold; well below message_bytes_max."""
+    parameters_max: Count = 10_000
+    """How many parameters a session may have."""
+    groups_max: Count = 100
+    """How many groups a session may have."""
+    workers_max: Count = 256
+    """How many workers a session may have."""
+    dimensions_max: Annotated[int, Field(ge=1, le=64)] = 16
+    """How many dimensions a tensor may have."""
+    name_bytes_max: Count = 256
+    """How long a name may be."""
+    expression_chars_max: Annotated[int, Field(ge=1, le=4096)] = 256
+    """How long an expression of LambdaLR may be."""
+    expression_nodes_max: Annotated[int, Field(ge=1, le=512)] = 64
+    """How many numbers, names and operations an expression may hold."""
+    loss_points_max: Count = 10_000
+    """How many points of each split a session's history keeps."""
+    round_timeout_s: Seconds = 600.0
+    """How many seconds a step waits for the other workers."""
+    stall_timeout_s: Seconds = 60.0
+    """How many seconds a client may neither send nor read in the middle of a transfer."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic passes it.
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic passes it.
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources; pydantic puts the flags before them."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    def limits(self, device_memory_bytes: int) -> Limits:
+        """Return the limits; those that follow the device's memory are filled in."""
+        names = {field.name for field in dataclasses.fields(Limits)}
+        values = {name: value for name, value in self.model_dump().items() if name in names}
+        memory = int(self.memory_bytes_max) or device_memory_bytes
+        values |= {
+            "memory_bytes_max": memory,
+            "session_bytes_max": int(self.session_bytes_max) or memory,
+        }
+        return Limits(**values)
+
+
+class SettingsFileError(Exception):
+    """The settings file cannot be read; the message says why."""
+
+
+def load(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
+    """Read the settings from flags, the process's environment, and the file that one of them names.
+
+    Args:
+        arguments: The command line, without the program's name.
+        environment: os.environ, where pydantic reads the other settings itself.
+
+    Raises:
+        pydantic.ValidationError: A setting is not allowed.
+        SettingsFileError: The file cannot be read, or is no TOML.
+        SystemExit: The command line asks for help, or is wrong; it has been said on the terminal.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default=environment.get(ENVIRONMENT_PREFIX + "CONFIG"))
+    path = finder.parse_known_args(arguments)[0].config
+    _check_file(path)
+
+    class _Config(Config):
+        __doc__ = Config.__doc__
+        model_config = SettingsConfigDict(toml_file=path)
+
+    return _Config(_cli_parse_args=list(arguments))
+
+
+def _check_file(path: str | None) -> None:
+    """pydantic passes over a file that is not there; a settings file that has no effect is a trap."""
+    try:
+        if path is not None:
+            tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsFileError(f"cannot read the settings file {path}: {error}") from error

@@ -1,0 +1,348 @@
+"""A session in a world of concurrent calls: one writer at a time, rounds of several workers, work off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from optserve_server.core.device import Device
+from optserve_server.core.errors import (
+    InvalidFieldError,
+    InvalidNameError,
+    RoundTimeoutError,
+    SessionDeletedError,
+    StepOutOfOrderError,
+    UnknownNameError,
+    WorkerBusyError,
+)
+from optserve_server.core.events import LossEvaluated, Observer, Phase, SessionOpened, StepApplied
+from optserve_server.core.lock import SharedLock
+from optserve_server.core.losses import LossOutcome
+from optserve_server.core.round import Contribution, Round
+from optserve_server.core.session import Session, SessionChange, StepOutcome, norm_of
+from optserve_server.core.spec import Split
+from optserve_server.core.tensors import TensorSpec, check_fits
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a session does not own: where its work runs, what time it is, and who listens."""
+
+    device: Device
+    executor: Executor
+    clock: Callable[[], float]
+    """Seconds since the epoch."""
+    observer: Observer
+
+
+class SessionActor:
+    """Serves one session to many calls. Everything is called on the event loop."""
+
+    def __init__(self, session: Session, opened: SessionOpened, surroundings: Surroundings) -> None:
+        """Serve ``session``, which nobody else may touch from now on."""
+        self.session = session
+        self.opened = opened
+        self.reserved_bytes = opened.reserved_bytes
+        self.created_s = self.used_s = surroundings.clock()
+        self.stepped_s: float | None = None
+        self.closed = False
+        self._surroundings = surroundings
+        self._lock = SharedLock()
+        self._round = Round(session.spec.workers)
+        self._staging: list[dict[int, Tensor]] = [{} for _ in range(session.spec.workers)]
+        self._positions = {parameter.name: i for i, parameter in enumerate(session.spec.parameters)}
+        self._attached: dict[int, asyncio.Task[Any]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def session_id(self) -> str:
+        """The session's id."""
+        return self.opened.session_id
+
+    @property
+    def device_name(self) -> str:
+        """The device that the session lives on, as torch names it."""
+        return str(self._surroundings.device.torch)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no worker has a call or a stream open."""
+        return not self._attached
+
+    @contextmanager
+    def attach(self, worker: int) -> Iterator[None]:
+        """Be the one call that sends for ``worker``; ended by close() with SessionDeletedError.
+
+        Raises:
+            InvalidFieldError: The session has no such worker.
+            WorkerBusyError: Another call sends for it.
+        """
+        workers = self.session.spec.workers
+        if worker >= workers:
+            raise InvalidFieldError(
+                f"there is no worker {worker}; the session has {workers}, from 0",
+                field="worker",
+                expected=f"0 to {workers - 1}",
+                actual=worker,
+            )
+        if worker in self._attached:
+            raise WorkerBusyError(
+                f"another call is sending for worker {worker}", field="worker", actual=worker
+            )
+        task = asyncio.current_task()
+        assert task is not None
+        self._attached[worker] = task
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self.closed:
+                self.check_open()
+            raise
+        finally:
+            del self._attached[worker]
+            self.used_s = self._surroundings.clock()
+
+    def check_open(self) -> None:
+        """Make sure that the session is still there.
+
+        Raises:
+            SessionDeletedError: It was deleted.
+        """
+        if self.closed:
+            raise SessionDeletedError(f"session {self.session_id} was deleted")
+
+    def position(self, name: str) -> int | None:
+        """Return which parameter has the name; None if none has."""
+        return self._positions.get(name)
+
+    def positions_of(self, tensors: Sequence[TensorSpec], field: str) -> list[int]:
+        """Return which parameters the announced tensors belong to.
+
+        Args:
+            tensors: As they were announced.
+            field: Path of the list that they came in.
+
+        Raises:
+            CallerError: A name is unknown or stands twice, or a shape or dtype is not the parameter's.
+        """
+        positions = [self._position_of(tensor, f"{field}[{i}]") for i, tensor in enumerate(tensors)]
+        if len(set(positions)) != len(positions):
+            twice = next(i for i, position in enumerate(positions) if position in positions[:i])
+            raise InvalidNameError(
+                f"{tensors[twice].name!r} is there twice",
+                field=f"{field}[{twice}].name",
+                actual=tensors[twice].name,
+            )
+        return positions
+
+    def begin(self, worker: int, step: int, announced: Sequence[TensorSpec]) -> Contribution:
+        """Prepare to receive a worker's gradients for a step.
+
+        Args:
+            worker: Attached.
+            step: Number of the step.
+            announced: The gradients that will come.
+
+        Raises:
+            OptserveError: The step, or a gradient, cannot be taken. Nothing was changed.
+        """
+        self.check_open()
+        session = self.session
+        session.check_ready()
+        if step not in (session.steps + 1, session.steps) or step == 0:
+            raise StepOutOfOrderError(
+                f"step {step} is not the next one; the next step is {session.steps + 1}",
+                field="step",
+                expected=session.steps + 1,
+                actual=step,
+            )
+        positions = self.positions_of(announced, "gradients")
+        settled: Round | StepOutcome | None = None
+        if step == session.steps:
+            settled = session.last_outcome
+        elif self._round.has(worker):
+            settled = self._round
+        gradients: list[Tensor | None] = [None] * len(self._positions)
+        targets = [] if settled else [self._staged(worker, position) for position in positions]
+        for position, target in zip(positions, targets, strict=False):
+            gradients[position] = target
+        return Contribution(
+            worker=worker, step=step, gradients=gradients, targets=targets, settled=settled
+        )
+
+    async def commit(self, contribution: Contribution) -> tuple[StepOutcome, bool]:
+        """Give a received contribution to its round, and wait until the step is applied.
+
+        Returns:
+            What the step did, and whether that had been done before.
+
+        Raises:
+            OptserveError: The step was refused, or the other workers did not come in time.
+        """
+        self.check_open()
+        if isinstance(contribution.settled, StepOutcome):
+            return contribution.settled, True
+        round_ = contribution.settled or await self._join_round(contribution)
+        try:
+            async with asyncio.timeout(self.session.spec.round_timeout_s):
+                return await asyncio.shield(round_.done), False
+        except TimeoutError:
+            raise RoundTimeoutError(
+                f"step {contribution.step} waits for workers {round_.missing}; the contribution is kept:"
+                " send the same step again to go on waiting",
+                field="step",
+                expected=f"a contribution of workers {round_.missing}",
+                retry_after_s=0.0,
+            ) from None
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[Sequence[Tensor]]:
+        """Hold the parameters' values still, between two steps; see Session.parameters."""
+        self.check_open()
+        async with self._lock.shared():
+            yield self.session.parameters
+
+    async def set_parameters(self, values: Mapping[int, Tensor]) -> None:
+        """Set values of parameters, by position, between two steps."""
+        await self._exclusive(lambda: self.session.set_parameters(values))
+
+    async def end_epoch(self, epoch: int) -> None:
+        """End an epoch, between two steps; see Session.end_epoch."""
+        await self._exclusive(lambda: self.session.end_epoch(epoch))
+
+    async def change(self, change: SessionChange) -> None:
+        """Change the running session, between two steps; see Session.change."""
+        await self._exclusive(lambda: self.session.change(change))
+
+    async def evaluate(
+        self, split: Split, predictions: Tensor, targets: Tensor, *, with_gradient: bool
+    ) -> LossOutcome:
+        """Compute the loss, beside whatever else goes on; see Session.evaluate."""
+        self.check_open()
+        self.used_s = self._surroundings.clock()
+        session = self.session
+        outcome = await self._run(
+            lambda: session.evaluate(predictions, targets, with_gradient=with_gradient)
+        )
+        session.record(split, outcome, self._surroundings.clock())
+        self._surroundings.observer.loss_evaluated(
+            LossEvaluated(
+                session_id=self.session_id,
+                split=split,
+                loss=outcome.loss,
+                accuracy=outcome.accuracy,
+            )
+        )
+        return outcome
+
+    async def close(self) -> None:
+        """End every call that goes on in the session, and wait until nothing touches it any more."""
+        self.closed = True
+        if not self._round.done.done():
+            self._round.done.set_exception(
+                SessionDeletedError(f"session {self.session_id} was deleted")
+            )
+        for task in self._attached.values():
+            if task is not asyncio.current_task():
+                task.cancel()
+        async with self._lock.exclusive():
+            self._staging = []
+
+    def _position_of(self, tensor: TensorSpec, field: str) -> int:
+        position = self._positions.get(tensor.name)
+        if position is None:
+            raise UnknownNameError(
+                f"the session has no parameter {tensor.name!r}",
+                field=f"{field}.name",
+                expected="a parameter of the session",
+                actual=tensor.name,
+            )
+        check_fits(tensor, self.session.spec.parameters[position], field)
+        return position
+
+    def _staged(self, worker: int, position: int) -> Tensor:
+        """Return the worker's buffer for a gradient: made at its first step, reserved since the session was created."""
+        staging = self._staging[worker]
+        if position not in staging:
+            staging[position] = self._surroundings.device.staging(
+                self.session.spec.parameters[position]
+            )
+        return staging[position]
+
+    async def _join_round(self, contribution: Contribution) -> Round:
+        """Add a contribution to the open round, and start the step if it was the last one missing."""
+        session, gradients = self.session, contribution.gradients
+        if (
+            session.spec.workers > 1
+        ):  # A bad gradient is the mistake of the worker that brings it, and of no other.
+            await self._run(lambda: session.check_finite(gradients, norm_of(gradients)))
+            self.check_open()
+        round_ = self._round
+        round_.add(contribution.worker, gradients)
+        if not round_.missing:
+            self._round = Round(session.spec.workers)
+            self._spawn(self._apply(round_))
+        return round_
+
+    async def _apply(self, round_: Round) -> None:
+        """Apply a complete round, and tell everybody who waits for it. Belongs to no call: none can cancel it."""
+        observer = self._surroundings.observer
+        async with self._lock.exclusive():
+            started = time.perf_counter()
+            for arrival in round_.arrivals:
+                observer.phase_ended(Phase.QUEUE, started - arrival)
+            try:
+                outcome = await self._run(
+                    lambda: self.session.step(round_.mean(self._surroundings.device))
+                )
+            except Exception as error:  # noqa: BLE001 - Whatever it is belongs to those who wait.
+                round_.done.set_exception(error)
+                return
+            observer.phase_ended(Phase.APPLY, time.perf_counter() - started)
+        self.stepped_s = self.used_s = self._surroundings.clock()
+        round_.done.set_result(outcome)
+        observer.step_applied(
+            StepApplied(
+                session_id=self.session_id,
+                optimizer=self.session.spec.optimizer.kind,
+                step=outcome.step,
+                rates=outcome.rates,
+                gradient_norm=outcome.gradient_norm,
+                time_s=self.stepped_s,
+            )
+        )
+
+    async def _exclusive(self, work: Callable[[], _T]) -> _T:
+        """Run ``work`` alone, to its end even if the call that asked for it is cancelled."""
+        self.check_open()
+        self.used_s = self._surroundings.clock()
+
+        async def locked() -> _T:
+            async with self._lock.exclusive():
+                self.check_open()
+                return await self._run(work)
+
+        return await asyncio.shield(self._spawn(locked()))
+
+    async def _run(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._surroundings.executor, work)
+
+    def _spawn(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # asyncio itself keeps only a weak reference.
+        task.add_done_callback(self._forget)
+        return task
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # Looked at, so that asyncio does not complain when the call that waited has gone.

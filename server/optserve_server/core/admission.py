@@ -1,0 +1,100 @@
+"""Admission: memory is reserved before it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from optserve_server.core.errors import LimitExceededError, MemoryExhaustedError
+from optserve_server.core.limits import Limits
+from optserve_server.core.optimizers import OPTIMIZERS, rehearse
+from optserve_server.core.spec import SessionSpec
+
+_PARAMETER_OVERHEAD_BYTES = (
+    4096  # torch's and Python's objects around a parameter, its gradient and its state.
+)
+_RETRY_AFTER_S = (
+    5.0  # Sessions end when people end them; asking more often than this does not help.
+)
+
+
+def session_bytes(spec: SessionSpec) -> int:
+    """Return how much memory a session takes at most: parameters, optimizer state, gradients, and torch's temporaries.
+
+    Raises:
+        InvalidHyperparameterError: torch does not take the hyperparameters of a group.
+    """
+    kind = OPTIMIZERS[spec.optimizer.kind]
+    total = temporary = 0
+    for group in spec.groups:
+        parameters = [spec.parameters[i] for i in group.parameters]
+        state_bytes = {
+            dtype: rehearse(kind, dtype, group.hyperparameters)
+            for dtype in {parameter.dtype for parameter in parameters}
+        }
+        for parameter in parameters:
+            # One for the parameter itself, and one gradient for each worker, for it must be kept until all are there.
+            total += parameter.byte_count * (1 + spec.workers)
+            total += parameter.element_count * state_bytes[parameter.dtype]
+            total += _PARAMETER_OVERHEAD_BYTES
+            temporary = max(temporary, parameter.byte_count)  # Where there is no fused kernel.
+    return total + temporary
+
+
+class Budget:
+    """How much memory is promised to whom."""
+
+    def __init__(self, limits: Limits) -> None:
+        """Give out at most ``limits.memory_bytes_max``."""
+        self._limits = limits
+        self.reserved_bytes = 0
+
+    def reserve(self, count: int, *, what: str, field: str) -> None:
+        """Promise memory, until release().
+
+        Args:
+            count: Bytes.
+            what: What it is for: "the session".
+            field: Path of the field that asks for it, for errors.
+
+        Raises:
+            MemoryExhaustedError: There is not that much left.
+        """
+        free = self._limits.memory_bytes_max - self.reserved_bytes
+        if count > free:
+            raise MemoryExhaustedError(
+                f"{what} needs {count} bytes; {free} of {self._limits.memory_bytes_max} are free;"
+                " delete sessions that are done, or try again later",
+                field=field,
+                expected=f"at most {free} bytes",
+                actual=f"{count} bytes",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        self.reserved_bytes += count
+
+    def release(self, count: int) -> None:
+        """Give back what was promised."""
+        self.reserved_bytes -= count
+
+    def check_session(self, count: int) -> None:
+        """Make sure that no session is larger than allowed.
+
+        Raises:
+            LimitExceededError: It is.
+        """
+        if count > self._limits.session_bytes_max:
+            raise LimitExceededError(
+                f"the session needs {count} bytes; one may have {self._limits.session_bytes_max}",
+                field="spec.parameters",
+                expected=f"at most {self._limits.session_bytes_max} bytes",
+                actual=f"{count} bytes",
+            )
+
+    @contextmanager
+    def reserved(self, count: int, *, what: str, field: str) -> Iterator[None]:
+        """Promise memory for the time of a block. Raises as reserve()."""
+        self.reserve(count, what=what, field=field)
+        try:
+            yield
+        finally:
+            self.release(count)

@@ -1,0 +1,70 @@
+"""A session's loss history: bounded, and told how much of it is gone."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from optserve_server.core.spec import Split
+
+_SPLITS = (Split.TRAIN, Split.VALIDATION)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossPoint:
+    """One evaluation."""
+
+    sequence: int
+    """Number of the point in its session, from 1, over both splits."""
+    split: Split
+    steps: int
+    epochs: int
+    loss: float
+    accuracy: float | None
+    time_s: float
+    """When, in seconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossPage:
+    """A piece of a history."""
+
+    points: Sequence[LossPoint]
+    forgotten: int
+    """How many older points, of the splits asked for, are no longer kept."""
+    more: bool
+    """Whether points follow."""
+
+
+class LossHistory:
+    """The newest points of each split."""
+
+    def __init__(self, points_max: int) -> None:
+        """Keep at most ``points_max`` points of each split."""
+        self._points: dict[Split, deque[LossPoint]] = {
+            split: deque(maxlen=points_max) for split in _SPLITS
+        }
+        self._counts = dict.fromkeys(_SPLITS, 0)
+
+    @property
+    def next_sequence(self) -> int:
+        """Number of the next point."""
+        return sum(self._counts.values()) + 1
+
+    def add(self, point: LossPoint) -> None:
+        """Keep a point, and let the oldest of its split go if there are too many."""
+        self._points[point.split].append(point)
+        self._counts[point.split] += 1
+
+    def page(self, split: Split, *, after: int, count: int) -> LossPage:
+        """Return up to ``count`` points with numbers above ``after``, in order; NONE means both splits."""
+        splits = _SPLITS if split is Split.NONE else (split,)
+        kept = [point for each in splits for point in self._points[each] if point.sequence > after]
+        kept.sort(key=lambda point: point.sequence)
+        return LossPage(
+            points=list(islice(kept, count)),
+            forgotten=sum(self._counts[each] - len(self._points[each]) for each in splits),
+            more=len(kept) > count,
+        )

@@ -1,0 +1,31 @@
+"""What the server allows. Every limit is in the configuration, told to clients, checked before memory is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The limits in force; the same names as in the contract, which says what they mean."""
+
+    sessions_max: int = 1_000
+    streams_max: int = 4_096
+    memory_bytes_max: int = 8 * GIB
+    session_bytes_max: int = 8 * GIB
+    loss_bytes_max: int = GIB
+    message_bytes_max: int = 4 * MIB  # gRPC's default in every language.
+    chunk_bytes_max: int = MIB  # A quarter of it; copies stay in cache.
+    parameters_max: int = 10_000
+    groups_max: int = 100
+    workers_max: int = 256
+    dimensions_max: int = 16
+    name_bytes_max: int = 256
+    expression_chars_max: int = 256
+    expression_nodes_max: int = 64
+    loss_points_max: int = 10_000
+    round_timeout_s: float = 600.0
+    stall_timeout_s: float = 60.0

@@ -1,0 +1,147 @@
+"""The optimizers: a row for each, everything else is read off torch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optserve_server.core.errors import InvalidHyperparameterError
+from optserve_server.core.spec import Value
+
+_NOT_OFFERED = {
+    "params",
+    "capturable",
+    "differentiable",
+}  # About the caller's CUDA graph and autograd graph.
+_PROBE_ELEMENTS = (
+    3  # Unlike the single element of torch's step counters, so that a probe can tell them apart.
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerKind:
+    """One of torch's optimizers."""
+
+    torch_class: type[torch.optim.Optimizer]
+    fixed: tuple[str, ...] = ()
+    """Hyperparameters that torch reads only once, at construction; a later change would be silently without effect."""
+
+    @property
+    def name(self) -> str:
+        """torch's name, which is the name of the message too."""
+        return self.torch_class.__name__
+
+    @property
+    def defaults(self) -> dict[str, Value | None]:
+        """torch's default of each hyperparameter on offer; None where torch decides at each step."""
+        return {
+            name: parameter.default
+            for name, parameter in inspect.signature(self.torch_class).parameters.items()
+            if name not in _NOT_OFFERED
+        }
+
+
+OPTIMIZERS: dict[str, OptimizerKind] = {
+    kind.name: kind
+    for kind in (
+        OptimizerKind(torch_class=torch.optim.SGD),
+        OptimizerKind(torch_class=torch.optim.Adam),
+        OptimizerKind(torch_class=torch.optim.AdamW),
+        OptimizerKind(torch_class=torch.optim.RMSprop),
+        OptimizerKind(torch_class=torch.optim.Adadelta),
+        OptimizerKind(torch_class=torch.optim.Adagrad, fixed=("initial_accumulator_value",)),
+        OptimizerKind(torch_class=torch.optim.Adamax),
+    )
+}
+
+
+def effective_hyperparameters(kind: OptimizerKind, given: Mapping[str, Value]) -> dict[str, Value]:
+    """Return every hyperparameter in force: what was given, else torch's default.
+
+    The one departure: ``fused`` is on unless it, or ``foreach``, was given, because it is several times faster.
+    Hyperparameters on which torch decides at each step (``foreach``) are left out unless given.
+    """
+    values = kind.defaults | {"fused": None if given.get("foreach") else True} | given
+    return {
+        name: value for name, value in values.items() if name in kind.defaults and value is not None
+    }
+
+
+def build(
+    kind: OptimizerKind, groups: Sequence[tuple[list[Tensor], Mapping[str, Value]]]
+) -> torch.optim.Optimizer:
+    """Build the optimizer over groups: parameters, and every hyperparameter in force for them.
+
+    Raises:
+        InvalidHyperparameterError: torch does not take the hyperparameters.
+    """
+    _, constructor = groups[
+        0
+    ]  # torch reads the fixed ones here, and only here; they are the same in every group.
+    try:
+        return kind.torch_class(
+            [{"params": tensors, **hyperparameters} for tensors, hyperparameters in groups],
+            **constructor,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise _refused(kind, error) from None
+
+
+def rehearse(
+    kind: OptimizerKind,
+    dtype: torch.dtype,
+    old: Mapping[str, Value],
+    new: Mapping[str, Value] | None = None,
+) -> int:
+    """Make a step on a few elements, and one more with changed hyperparameters if they are given.
+
+    It asks torch itself, before anything is touched, whether the hyperparameters go together, whether they can be changed
+    in a session that has stepped, and how much state they take.
+
+    Args:
+        kind: The optimizer.
+        dtype: Of the parameter.
+        old: Every hyperparameter in force.
+        new: Every hyperparameter after a change.
+
+    Returns:
+        Bytes of optimizer state for each element of a parameter.
+
+    Raises:
+        InvalidHyperparameterError: torch does not take them, or keeps no state for the change.
+    """
+    parameter = torch.zeros(_PROBE_ELEMENTS, dtype=dtype)
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer = build(kind, [([parameter], old)])
+    optimizer.step()
+    if new is not None:
+        build(
+            kind, [([parameter], new)]
+        )  # torch checks how hyperparameters go together only at construction.
+        optimizer.param_groups[0].update(new)
+        try:
+            optimizer.step()
+        except (KeyError, RuntimeError):
+            changed = ", ".join(name for name in new if new[name] != old[name])
+            raise InvalidHyperparameterError(
+                f"{changed} of {kind.name} cannot change in a session that has stepped:"
+                " torch keeps no state for the change",
+                field="optimizer",
+                actual=changed,
+            ) from None
+    state = optimizer.state[parameter].values()
+    tensors = [
+        value for value in state if isinstance(value, Tensor) and value.shape == parameter.shape
+    ]
+    return sum(tensor.dtype.itemsize for tensor in tensors)
+
+
+def _refused(kind: OptimizerKind, error: Exception) -> InvalidHyperparameterError:
+    # torch's own words about hyperparameters that it was given: they are written for its users, who ours are too.
+    return InvalidHyperparameterError(
+        f"torch's {kind.name} does not take it: {error}", field="optimizer"
+    )

@@ -1,0 +1,144 @@
+"""All sessions of a server: who may be created, who is there, who is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+from collections.abc import Sequence
+
+from optserve_server.core.actor import SessionActor, Surroundings
+from optserve_server.core.admission import Budget, session_bytes
+from optserve_server.core.errors import DrainingError, SessionNotFoundError, TooManyError
+from optserve_server.core.events import SessionOpened
+from optserve_server.core.limits import Limits
+from optserve_server.core.session import Session
+from optserve_server.core.spec import SessionSpec
+
+_ID_BYTES = 16  # 128 random bits: not to be guessed.
+_RETRY_AFTER_S = 5.0
+
+
+class SessionRegistry:
+    """Creates, finds and forgets sessions. Everything is called on the event loop."""
+
+    def __init__(self, limits: Limits, surroundings: Surroundings) -> None:
+        """Start without sessions."""
+        self.limits = limits
+        self.surroundings = surroundings
+        self.budget = Budget(limits)
+        self.draining = False
+        self._actors: dict[str, SessionActor] = {}
+        self._order: dict[str, int] = {}
+        self._sequence = itertools.count(1)
+        self._opening = 0
+
+    def check_accepting(self) -> None:
+        """Make sure that new work may begin.
+
+        Raises:
+            DrainingError: The server is about to stop.
+        """
+        if self.draining:
+            raise DrainingError(
+                "the server is about to stop; try again, here or elsewhere",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+
+    async def create(self, spec: SessionSpec) -> SessionActor:
+        """Create a session: reserve its memory, then take it.
+
+        Raises:
+            LimitError: There is no room for it.
+            CallerError: torch does not take the spec. Nothing was taken.
+        """
+        self.check_accepting()
+        if len(self._actors) + self._opening >= self.limits.sessions_max:
+            raise TooManyError(
+                f"there are {self.limits.sessions_max} sessions, which is as many as allowed; delete some, or try again later",
+                expected=f"at most {self.limits.sessions_max} sessions",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        surroundings = self.surroundings
+        count = session_bytes(spec)
+        self.budget.check_session(count)
+        self.budget.reserve(count, what="the session", field="spec.parameters")
+        self._opening += 1
+        try:
+            loop = asyncio.get_running_loop()
+            session = await loop.run_in_executor(
+                surroundings.executor, lambda: Session(spec, surroundings.device, self.limits)
+            )
+        except BaseException:
+            self.budget.release(count)
+            raise
+        finally:
+            self._opening -= 1
+        opened = SessionOpened(
+            session_id=secrets.token_hex(_ID_BYTES),
+            optimizer=spec.optimizer.kind,
+            reserved_bytes=count,
+        )
+        actor = SessionActor(session, opened, surroundings)
+        self._actors[opened.session_id] = actor
+        self._order[opened.session_id] = next(self._sequence)
+        surroundings.observer.session_opened(opened)
+        return actor
+
+    def find(self, session_id: str) -> SessionActor:
+        """Return a session.
+
+        Raises:
+            SessionNotFoundError: There is none of this id.
+        """
+        actor = self._actors.get(session_id)
+        if actor is None:
+            raise SessionNotFoundError(
+                "there is no session of this id; it was never created, was deleted, or the server has been restarted",
+                field="session_id",
+                expected="the id of a session",
+                actual=session_id[: 2 * _ID_BYTES],
+            )
+        return actor
+
+    def page(self, *, after: int, count: int) -> tuple[Sequence[SessionActor], int | None]:
+        """Return up to ``count`` sessions created after the one numbered ``after``, and the number to go on from."""
+        later = [actor for actor in self._actors.values() if self._order[actor.session_id] > after]
+        page = later[:count]
+        return page, self._order[page[-1].session_id] if len(later) > count else None
+
+    def resize(self, actor: SessionActor, spec: SessionSpec) -> None:
+        """Reserve what a session will need as ``spec``, if that is more than it has: a momentum takes memory.
+
+        Raises:
+            LimitError: There is no room for it. Nothing was changed.
+        """
+        count = session_bytes(spec)
+        self.budget.check_session(count)
+        if count > actor.reserved_bytes:
+            self.budget.reserve(count - actor.reserved_bytes, what="the change", field="optimizer")
+            actor.reserved_bytes = count
+
+    async def delete(self, session_id: str) -> SessionActor:
+        """Forget a session, and return what it was. Calls that go on in it are ended.
+
+        Raises:
+            SessionNotFoundError: There is none of this id.
+        """
+        actor = self.find(session_id)
+        del self._actors[session_id]
+        del self._order[session_id]
+        await actor.close()
+        self.budget.release(actor.reserved_bytes)
+        self.surroundings.observer.session_closed(actor.opened)
+        return actor
+
+    async def expire_idle(self, idle_timeout_s: float) -> list[str]:
+        """Delete the sessions that nobody has used for so long, and return their ids."""
+        expired_s = self.surroundings.clock() - idle_timeout_s
+        ids = [
+            id_ for id_, actor in self._actors.items() if actor.idle and actor.used_s < expired_s
+        ]
+        for session_id in ids:
+            await self.delete(session_id)
+        return ids

@@ -1,0 +1,82 @@
+"""A round: the contributions of all workers that make one step."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from optserve_server.core.device import Device
+from optserve_server.core.session import StepOutcome
+
+
+class Round:
+    """Contributions by worker, and what becomes of them."""
+
+    def __init__(self, workers: int) -> None:
+        """Wait for ``workers`` contributions. Made on the event loop."""
+        self._gradients: list[Sequence[Tensor | None] | None] = [None] * workers
+        self.arrivals: list[float] = []
+        """When each contribution came, by time.perf_counter()."""
+        self.done: asyncio.Future[StepOutcome] = asyncio.get_running_loop().create_future()
+        self.done.add_done_callback(_retrieve)
+
+    def has(self, worker: int) -> bool:
+        """Return whether the worker has contributed."""
+        return self._gradients[worker] is not None
+
+    def add(self, worker: int, gradients: Sequence[Tensor | None]) -> None:
+        """Take a worker's gradients, which stay as they are until the round is done."""
+        self._gradients[worker] = gradients
+        self.arrivals.append(time.perf_counter())
+
+    @property
+    def missing(self) -> list[int]:
+        """Workers that have not contributed."""
+        return [worker for worker, gradients in enumerate(self._gradients) if gradients is None]
+
+    def mean(self, device: Device) -> list[Tensor | None]:
+        """Return the mean of the contributions, on the device; consumes them.
+
+        For each parameter the gradients are added in the order of the workers, whatever the order of their arrival, and
+        the sum is divided by the number of workers. A gradient that only some of them have counts as zeros for the
+        others, as in torch's DistributedDataParallel; one that nobody has stays absent.
+        """
+        contributions = [gradients for gradients in self._gradients if gradients is not None]
+        return [
+            _mean(gradients, len(contributions), device)
+            for gradients in zip(*contributions, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contribution:
+    """One worker's gradients for one step, being received."""
+
+    worker: int
+    step: int
+    gradients: Sequence[Tensor | None]
+    """On the CPU, one for each parameter of the session; None where there is none."""
+    targets: Sequence[Tensor]
+    """The same tensors in the order in which they were announced, to be filled."""
+    settled: Round | StepOutcome | None
+    """What answers it already, so that what is sent again is not to be stored: a round that has it, or the last step."""
+
+
+def _mean(gradients: Sequence[Tensor | None], workers: int, device: Device) -> Tensor | None:
+    total: Tensor | None = None
+    for gradient in gradients:
+        if gradient is None:
+            continue
+        loaded = device.load(gradient)
+        total = loaded if total is None else total.add_(loaded)
+    return total if total is None or workers == 1 else total.div_(workers)
+
+
+def _retrieve(done: asyncio.Future[StepOutcome]) -> None:
+    """Look at the outcome, so that asyncio does not complain when every waiting worker has gone."""
+    if not done.cancelled():
+        done.exception()

@@ -1,0 +1,154 @@
+"""The schedulers: a row for each, everything else is read off torch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from optserve_server.core.errors import (
+    InvalidExpressionError,
+    InvalidFieldError,
+    MissingFieldError,
+    ScheduleFailedError,
+)
+from optserve_server.core.expression import Expression
+from optserve_server.core.limits import Limits
+from optserve_server.core.spec import Choice, Value
+
+_NOT_OFFERED = {"optimizer", "last_epoch"}  # The session has the one and keeps the other.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerKind:
+    """One of torch's schedulers."""
+
+    torch_class: type[torch.optim.lr_scheduler.LRScheduler]
+
+    @property
+    def name(self) -> str:
+        """torch's name, which is the name of the message too."""
+        return self.torch_class.__name__
+
+    @property
+    def defaults(self) -> dict[str, Value | None]:
+        """torch's default of each argument on offer; None where there is none, and the argument is required."""
+        return {
+            name: None if parameter.default is parameter.empty else parameter.default
+            for name, parameter in inspect.signature(self.torch_class).parameters.items()
+            if name not in _NOT_OFFERED
+        }
+
+
+SCHEDULERS: dict[str, SchedulerKind] = {
+    kind.name: kind
+    for kind in (
+        SchedulerKind(torch_class=torch.optim.lr_scheduler.StepLR),
+        SchedulerKind(torch_class=torch.optim.lr_scheduler.MultiStepLR),
+        SchedulerKind(torch_class=torch.optim.lr_scheduler.ExponentialLR),
+        SchedulerKind(torch_class=torch.optim.lr_scheduler.LambdaLR),
+    )
+}
+
+
+def effective_arguments(choice: Choice) -> dict[str, Value]:
+    """Return every argument in force.
+
+    Raises:
+        MissingFieldError: A required one was not given.
+    """
+    defaults = SCHEDULERS[choice.kind].defaults
+    if "lr_lambda" in defaults:
+        return dict(
+            choice.arguments
+        )  # Given in one of two forms, of which Schedule demands exactly one.
+    for name, default in defaults.items():
+        if default is None and name not in choice.arguments:
+            raise MissingFieldError(
+                f"{choice.kind} needs {name}", field=f"scheduler.{name}", expected=name
+            )
+    return {
+        name: value for name, value in (defaults | choice.arguments).items() if value is not None
+    }
+
+
+class Schedule:
+    """torch's scheduler over an optimizer, with a look ahead, so that a step never fails half way."""
+
+    def __init__(self, choice: Choice, optimizer: torch.optim.Optimizer, limits: Limits) -> None:
+        """Build the scheduler, which sets the initial rates.
+
+        Raises:
+            InvalidExpressionError: An expression is not arithmetic, or has no finite value for the first count.
+            InvalidFieldError: There are not as many expressions as groups.
+        """
+        arguments = dict(choice.arguments)
+        self._expressions: list[Expression] = []
+        if choice.kind == torch.optim.lr_scheduler.LambdaLR.__name__:
+            self._expressions = _expressions(arguments, len(optimizer.param_groups), limits)
+            arguments = {"lr_lambda": self._expressions}
+        elif isinstance(milestones := arguments.get("milestones"), tuple):
+            arguments["milestones"] = list(milestones)
+        self._torch = SCHEDULERS[choice.kind].torch_class(optimizer, **arguments)
+
+    def check_next(self) -> None:
+        """Make sure that advance() will work, before anything is changed.
+
+        Raises:
+            ScheduleFailedError: An expression has no finite value for the next count.
+        """
+        for expression in self._expressions:
+            try:
+                expression(self._torch.last_epoch + 1)
+            except InvalidExpressionError as error:
+                raise ScheduleFailedError(
+                    f"{error.message}: the schedule has come to its end",
+                    field=error.field,
+                    expected=error.expected,
+                    actual=error.actual,
+                ) from None
+
+    def advance(self) -> None:
+        """Set the rates of the next count; check_next() said that it will work."""
+        self._torch.step()
+
+    def rebase(self, group: int, lr: float) -> None:
+        """Make ``lr`` the rate of a group from now on; the schedule goes on from it in proportion."""
+        torch_group = self._torch.optimizer.param_groups[group]
+        factor = lr / torch_group["lr"] if torch_group["lr"] else None
+        base = lr if factor is None else self._torch.base_lrs[group] * factor
+        self._torch.base_lrs[group] = torch_group["initial_lr"] = base
+        torch_group["lr"] = lr
+
+
+def _expressions(arguments: Mapping[str, Value], groups: int, limits: Limits) -> list[Expression]:
+    """Compile one expression for each group, from one for all or from one for each."""
+    one, many = arguments.get("lr_lambda"), arguments.get("group_lr_lambdas")
+    texts = (
+        [one] * groups if isinstance(one, str) else list(many) if isinstance(many, tuple) else []
+    )
+    if (one is None) == (many is None):
+        raise InvalidFieldError(
+            "LambdaLR needs either lr_lambda or group_lr_lambdas",
+            field="scheduler.lambda_lr",
+            expected="one of lr_lambda and group_lr_lambdas",
+            actual="neither" if one is None else "both",
+        )
+    if len(texts) != groups:
+        raise InvalidFieldError(
+            f"LambdaLR has {len(texts)} expressions; the session has {groups} groups",
+            field="scheduler.lambda_lr.group_lr_lambdas",
+            expected=f"{groups} expressions",
+            actual=f"{len(texts)} expressions",
+        )
+    return [
+        Expression(
+            str(text),
+            chars_max=limits.expression_chars_max,
+            nodes_max=limits.expression_nodes_max,
+            field="scheduler.lambda_lr." + ("group_lr_lambdas" if one is None else "lr_lambda"),
+        )
+        for text in texts
+    ]

@@ -1,0 +1,321 @@
+"""A session: parameters, optimizer, schedule, loss and counters of one model; pure of clocks, sockets and threads.
+
+Not safe for concurrent use: SessionActor lets one writer in at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optserve_server.core import optimizers
+from optserve_server.core.device import Device
+from optserve_server.core.errors import (
+    EpochEmptyError,
+    EpochOutOfOrderError,
+    LossNotSetError,
+    NonFiniteGradientError,
+    NoGradientError,
+    ParametersNotSetError,
+    SessionFailedError,
+)
+from optserve_server.core.history import LossHistory, LossPoint
+from optserve_server.core.limits import Limits
+from optserve_server.core.losses import LossFunction, LossOutcome
+from optserve_server.core.optimizers import OPTIMIZERS
+from optserve_server.core.schedulers import Schedule
+from optserve_server.core.spec import Choice, ScheduleUnit, SessionSpec, Split, Value
+
+_NAMED_MAX = 5  # How many names a message lists.
+_NORM_DTYPES = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}  # Too narrow for a sum of squares.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    """What a step did."""
+
+    step: int
+    """Number of the step, from 1."""
+    epochs: int
+    """Epochs that had been ended."""
+    rates: Mapping[str, float]
+    """Learning rate that the step used, by group."""
+    gradient_norm: float
+    """Euclidean norm of the gradient that was applied, over all parameters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionChange:
+    """What to change in a running session; None leaves it."""
+
+    hyperparameters: Sequence[Mapping[str, Value]]
+    """For each group: every hyperparameter in force after the change."""
+    rates_set: Sequence[bool]
+    """For each group: whether the change sets its learning rate."""
+    loss: Choice | None
+    allow_non_finite: bool | None
+    display_name: str | None
+
+
+def norm_of(gradients: Sequence[Tensor | None]) -> float:
+    """Return the Euclidean norm over all gradients; not finite only if one of them is not, or if it overflows."""
+    norms = [
+        torch.linalg.vector_norm(gradient, dtype=_NORM_DTYPES.get(gradient.dtype)).double()
+        for gradient in gradients
+        if gradient is not None
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
+
+
+class Session:
+    """One model being trained."""
+
+    def __init__(self, spec: SessionSpec, device: Device, limits: Limits) -> None:
+        """Allocate the parameters, as zeros that do not count as set, and build everything around them.
+
+        Raises:
+            CallerError: torch does not take the spec.
+        """
+        self.spec = spec
+        self._device = device
+        self._parameters = [device.zeros(parameter) for parameter in spec.parameters]
+        self._mirrors = [device.mirror(parameter) for parameter in self._parameters]
+        self._unset = set(range(len(self._parameters)))
+        groups = [
+            ([self._parameters[i] for i in group.parameters], group.hyperparameters)
+            for group in spec.groups
+        ]
+        self._optimizer = optimizers.build(OPTIMIZERS[spec.optimizer.kind], groups)
+        self._schedule = (
+            Schedule(spec.scheduler, self._optimizer, limits) if spec.scheduler else None
+        )
+        self._loss = LossFunction(spec.loss, device.torch) if spec.loss else None
+        self.history = LossHistory(spec.loss_points_max)
+        self.epochs = 0
+        self.last_outcome: StepOutcome | None = None
+        self._epoch_steps = 0  # Steps of the epoch that is going on.
+        self.failed = False
+
+    @property
+    def steps(self) -> int:
+        """How many steps have been applied."""
+        return self.last_outcome.step if self.last_outcome else 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether every parameter has a value."""
+        return not self._unset
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rate that the next step will use, by group."""
+        groups = zip(self.spec.groups, self._optimizer.param_groups, strict=True)
+        return {group.name: float(torch_group["lr"]) for group, torch_group in groups}
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """The parameters' values on the CPU, in the spec's order; the session's own memory, to be read only."""
+        return self._mirrors
+
+    def check_ready(self) -> None:
+        """Make sure that the session can step.
+
+        Raises:
+            ParametersNotSetError: A parameter has no value.
+            SessionFailedError: A step failed half way.
+        """
+        if self.failed:
+            raise SessionFailedError(
+                "an earlier step failed half way; delete the session and create it anew"
+            )
+        if self._unset:
+            names = [self.spec.parameters[i].name for i in sorted(self._unset)]
+            shown = ", ".join(names[:_NAMED_MAX]) + (", ..." if len(names) > _NAMED_MAX else "")
+            raise ParametersNotSetError(
+                f"{len(names)} of {len(self._parameters)} parameters have no value: {shown};"
+                " send them with UploadParameters",
+                field="parameters",
+                expected="a value for every parameter",
+                actual=f"none for {shown}",
+            )
+
+    def set_parameters(self, values: Mapping[int, Tensor]) -> None:
+        """Copy values, by position, into the parameters; shapes and dtypes are theirs."""
+        for position, value in values.items():
+            self._parameters[position].copy_(value)
+            self._mirrors[position].copy_(value)
+        self._unset -= values.keys()
+
+    def check_finite(self, gradients: Sequence[Tensor | None], norm: float) -> None:
+        """Make sure that no gradient holds a NaN or an infinity, unless the session allows it.
+
+        Args:
+            gradients: One for each parameter, or None where there is none.
+            norm: Their norm, which tells in nearly every case.
+
+        Raises:
+            NonFiniteGradientError: One does.
+        """
+        if self.spec.allow_non_finite or math.isfinite(norm):
+            return
+        for position, gradient in enumerate(
+            gradients
+        ):  # The norm may only have overflowed: look at each of them.
+            if gradient is not None and not torch.isfinite(gradient).all():
+                name = self.spec.parameters[position].name
+                raise NonFiniteGradientError(
+                    f"the gradient of {name!r} holds a NaN or an infinity; the step was not applied",
+                    field=f"gradients[{name!r}]",
+                    expected="finite numbers",
+                    actual="NaN or infinity",
+                )
+
+    def step(self, gradients: Sequence[Tensor | None]) -> StepOutcome:
+        """Apply one optimizer step, then advance the schedule if it counts steps.
+
+        Args:
+            gradients: One for each parameter, on the device, of its shape and dtype; None where there is none.
+                Consumed: the buffers may be overwritten.
+
+        Returns:
+            What the step did.
+
+        Raises:
+            SessionStateError: The session cannot step, or its schedule has come to its end. Nothing was changed.
+            NoGradientError: There is not one gradient. Nothing was changed.
+            NonFiniteGradientError: A gradient holds a NaN or an infinity. Nothing was changed.
+        """
+        self.check_ready()
+        if all(gradient is None for gradient in gradients):
+            raise NoGradientError(
+                "no worker brought a gradient to the step", field="gradients", expected="a gradient"
+            )
+        norm = norm_of(gradients)
+        self.check_finite(gradients, norm)
+        advances = self._schedule if self.spec.schedule_unit is ScheduleUnit.STEPS else None
+        if advances:
+            advances.check_next()
+        outcome = StepOutcome(
+            step=self.steps + 1, epochs=self.epochs, rates=self.rates, gradient_norm=norm
+        )
+        try:
+            self._apply(gradients)
+            if advances:
+                advances.advance()
+        except BaseException:
+            self.failed = True  # What torch leaves half done is not to be trusted.
+            raise
+        self.last_outcome = outcome
+        self._epoch_steps += 1
+        return outcome
+
+    def end_epoch(self, epoch: int) -> None:
+        """End an epoch: advance the schedule if it counts epochs. Repeating the last one changes nothing.
+
+        Args:
+            epoch: Number of the epoch that ends, from 1.
+
+        Raises:
+            EpochOutOfOrderError: It is another epoch's turn.
+            EpochEmptyError: The epoch has no step.
+            ScheduleFailedError: The schedule has come to its end.
+        """
+        if epoch == self.epochs and epoch > 0:
+            return
+        if epoch != self.epochs + 1:
+            raise EpochOutOfOrderError(
+                f"epoch {epoch} cannot end; the next one to end is {self.epochs + 1}",
+                field="epoch",
+                expected=self.epochs + 1,
+                actual=epoch,
+            )
+        if not self._epoch_steps:
+            raise EpochEmptyError(f"epoch {epoch} has no step yet", field="epoch")
+        if self._schedule and self.spec.schedule_unit is ScheduleUnit.EPOCHS:
+            self._schedule.check_next()
+            self._schedule.advance()
+        self.epochs = epoch
+        self._epoch_steps = 0
+
+    def change(self, change: SessionChange) -> None:
+        """Change what may change while the session runs.
+
+        Raises:
+            CallerError: torch does not take it. Nothing was changed.
+        """
+        loss = LossFunction(change.loss, self._device.torch) if change.loss else self._loss
+        groups = tuple(
+            dataclasses.replace(group, hyperparameters=values)
+            for group, values in zip(self.spec.groups, change.hyperparameters, strict=True)
+        )
+        for position, (values, rate_set) in enumerate(
+            zip(change.hyperparameters, change.rates_set, strict=True)
+        ):
+            rate = values["lr"]
+            self._optimizer.param_groups[position].update(
+                {name: value for name, value in values.items() if name != "lr"}
+            )
+            if rate_set and self._schedule:
+                self._schedule.rebase(position, float(rate))  # type: ignore[arg-type]
+            elif rate_set:
+                self._optimizer.param_groups[position]["lr"] = rate
+        self._loss = loss
+        non_finite = (
+            self.spec.allow_non_finite
+            if change.allow_non_finite is None
+            else change.allow_non_finite
+        )
+        self.spec = dataclasses.replace(
+            self.spec,
+            groups=groups,
+            loss=change.loss or self.spec.loss,
+            allow_non_finite=non_finite,
+            display_name=self.spec.display_name
+            if change.display_name is None
+            else change.display_name,
+        )
+
+    def evaluate(self, predictions: Tensor, targets: Tensor, *, with_gradient: bool) -> LossOutcome:
+        """Compute the loss; changes nothing. See LossFunction.evaluate.
+
+        Raises:
+            LossNotSetError: The session has no loss.
+        """
+        if self._loss is None:
+            raise LossNotSetError(
+                "the session has no loss; set one with UpdateSession", field="loss"
+            )
+        return self._loss.evaluate(predictions, targets, with_gradient=with_gradient)
+
+    def record(self, split: Split, outcome: LossOutcome, time_s: float) -> None:
+        """Keep an evaluation in the history, unless its split is NONE."""
+        if split is not Split.NONE:
+            self.history.add(
+                LossPoint(
+                    sequence=self.history.next_sequence,
+                    split=split,
+                    steps=self.steps,
+                    epochs=self.epochs,
+                    loss=outcome.loss,
+                    accuracy=outcome.accuracy,
+                    time_s=time_s,
+                )
+            )
+
+    def _apply(self, gradients: Sequence[Tensor | None]) -> None:
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self._optimizer.step()
+        for parameter, mirror in zip(self._parameters, self._mirrors, strict=True):
+            parameter.grad = None
+            if mirror is not parameter:
+                mirror.copy_(parameter, non_blocking=True)
+        self._device.synchronize()

@@ -1,0 +1,87 @@
+"""The catalogue: what can be chosen, read off the contract and torch."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from collections.abc import Mapping
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
+from optserve.v1 import loss_pb2, optimizer_pb2, scheduler_pb2
+from optserve.v1.optimizer_service_pb2 import CatalogueEntry, GetCatalogueResponse, Hyperparameter
+from optserve_server.core import optimizers
+from optserve_server.core.losses import LOSSES
+from optserve_server.core.optimizers import OPTIMIZERS
+from optserve_server.core.schedulers import SCHEDULERS
+from optserve_server.core.spec import Value
+from optserve_server.rpc.constraints import constraint_of
+
+_TYPES = {
+    FieldDescriptor.TYPE_DOUBLE: "double",
+    FieldDescriptor.TYPE_INT64: "int64",
+    FieldDescriptor.TYPE_BOOL: "bool",
+    FieldDescriptor.TYPE_STRING: "string",
+}
+
+
+def catalogue() -> GetCatalogueResponse:
+    """Return every optimizer, scheduler and loss with its hyperparameters, their defaults and a line of help."""
+    texts: dict[str, str] = json.loads(
+        importlib.resources.files("optserve.v1").joinpath("help.json").read_text(encoding="utf-8")
+    )
+    return GetCatalogueResponse(
+        optimizers=[
+            _entry(
+                field,
+                optimizers.effective_hyperparameters(OPTIMIZERS[field.message_type.name], {}),
+                texts,
+            )
+            for field in _kinds(optimizer_pb2.Optimizer.DESCRIPTOR)
+        ],
+        schedulers=[
+            _entry(field, SCHEDULERS[field.message_type.name].defaults, texts)
+            for field in _kinds(scheduler_pb2.Scheduler.DESCRIPTOR)
+        ],
+        losses=[
+            _entry(field, LOSSES[field.message_type.name].defaults, texts)
+            for field in _kinds(loss_pb2.Loss.DESCRIPTOR)
+        ],
+    )
+
+
+def _kinds(message: Descriptor) -> list[FieldDescriptor]:
+    return list(message.oneofs_by_name["kind"].fields)
+
+
+def _entry(
+    chosen: FieldDescriptor, defaults: Mapping[str, Value | None], texts: Mapping[str, str]
+) -> CatalogueEntry:
+    message = chosen.message_type
+    return CatalogueEntry(
+        name=message.name,
+        field=chosen.name,
+        help=texts[message.name],
+        hyperparameters=[
+            Hyperparameter(
+                name=field.name,
+                type=_type(field),
+                default=_default(field, defaults),
+                constraint=constraint_of(field),
+                help=texts[f"{message.name}.{field.name}"],
+            )
+            for field in message.fields
+        ],
+    )
+
+
+def _type(field: FieldDescriptor) -> str:
+    name = field.message_type or field.enum_type
+    return (name.name if name else _TYPES[field.type]) + ("[]" if field.is_repeated else "")
+
+
+def _default(field: FieldDescriptor, defaults: Mapping[str, Value | None]) -> str | None:
+    """Return the default as Python writes it; None if the argument is required, or torch decides by itself."""
+    optional_tensor = field.message_type is not None or field.name in ("foreach", "fused")
+    value = defaults.get(field.name)
+    return "None" if value is None and optional_tensor else None if value is None else repr(value)

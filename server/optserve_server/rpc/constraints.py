@@ -1,0 +1,101 @@
+"""What the contract says beside its fields: constraints, and fields that this server does not know."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from optserve.v1 import constraint_pb2
+from optserve.v1.constraint_pb2 import Constraint
+from optserve_server.core.errors import InvalidHyperparameterError, UnknownFieldError
+
+
+@functools.cache
+def constraint_of(field: FieldDescriptor) -> Constraint | None:
+    """Return the constraint written beside a field, if there is one."""
+    options = field.GetOptions()
+    if not options.HasExtension(constraint_pb2.constraint):
+        return None
+    constraint: Constraint = options.Extensions[constraint_pb2.constraint]
+    return constraint
+
+
+def check_number(field: FieldDescriptor, value: float, path: str) -> None:
+    """Make sure that a number is finite and keeps its field's constraint.
+
+    Raises:
+        InvalidHyperparameterError: It does not.
+    """
+    constraint = constraint_of(field) or Constraint()
+    held = (
+        math.isfinite(value)
+        and not (constraint.HasField("at_least") and value < constraint.at_least)
+        and not (constraint.HasField("above") and value <= constraint.above)
+        and not (constraint.HasField("at_most") and value > constraint.at_most)
+        and not (constraint.HasField("below") and value >= constraint.below)
+    )
+    if not held:
+        expected = describe(constraint)
+        raise InvalidHyperparameterError(
+            f"{field.name} is {value:g}; it must be {expected}",
+            field=path,
+            expected=expected,
+            actual=value,
+        )
+
+
+def check_count(field: FieldDescriptor, count: int, path: str) -> None:
+    """Make sure that a repeated field has as many elements as its constraint asks for.
+
+    Raises:
+        InvalidHyperparameterError: It has not.
+    """
+    constraint = constraint_of(field)
+    if constraint and constraint.count and count != constraint.count:
+        raise InvalidHyperparameterError(
+            f"{field.name} has {count} elements; it must have {constraint.count}",
+            field=path,
+            expected=f"{constraint.count} elements",
+            actual=f"{count} elements",
+        )
+
+
+def describe(constraint: Constraint) -> str:
+    """Say a constraint in words: ``finite, at least 0 and below 1``."""
+    words = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
+    bounds = [
+        f"{word} {getattr(constraint, name):g}"
+        for name, word in words.items()
+        if constraint.HasField(name)
+    ]
+    return ", ".join(["finite", " and ".join(bounds)] if bounds else ["finite"])
+
+
+def check_known(message: Message, path: str) -> None:
+    """Make sure that a message, and every message in it, has only fields that this server knows.
+
+    protobuf would drop the others silently: a hyperparameter of a newer client would have no effect.
+
+    Raises:
+        UnknownFieldError: There is another one.
+    """
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
+        number = unknown[0].field_number
+        raise UnknownFieldError(
+            f"{message.DESCRIPTOR.name} has no field {number} on this server, which would drop it;"
+            " the client may be newer",
+            field=path,
+            expected=f"the fields of {message.DESCRIPTOR.full_name}",
+            actual=f"field {number}",
+        )
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for i, child in enumerate(value if field.is_repeated else (value,)):
+            suffix = f"[{i}]" if field.is_repeated else ""
+            check_known(child, f"{path}.{field.name}{suffix}" if path else f"{field.name}{suffix}")

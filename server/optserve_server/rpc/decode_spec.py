@@ -1,0 +1,326 @@
+"""A session's spec: messages into what the core builds a session from, every default filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from torch import Tensor
+
+from optserve.v1 import loss_pb2, optimizer_pb2, scheduler_pb2, session_pb2, tensor_pb2
+from optserve_server.core import optimizers, schedulers
+from optserve_server.core.errors import (
+    InvalidFieldError,
+    InvalidHyperparameterError,
+    InvalidNameError,
+    LimitExceededError,
+    MissingFieldError,
+    UnknownNameError,
+)
+from optserve_server.core.limits import Limits
+from optserve_server.core.optimizers import OPTIMIZERS, OptimizerKind
+from optserve_server.core.spec import (
+    DEFAULT_GROUP,
+    Choice,
+    GroupSpec,
+    ScheduleUnit,
+    SessionSpec,
+    Value,
+)
+from optserve_server.core.tensors import TensorSpec, check_fits
+from optserve_server.rpc import decode
+from optserve_server.rpc.constraints import check_count, check_number
+
+_NUMBERS = (FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_INT64)
+_UNITS: Mapping[int, ScheduleUnit] = {
+    scheduler_pb2.SCHEDULE_UNIT_UNSPECIFIED: ScheduleUnit.STEPS,
+    scheduler_pb2.SCHEDULE_UNIT_STEPS: ScheduleUnit.STEPS,
+    scheduler_pb2.SCHEDULE_UNIT_EPOCHS: ScheduleUnit.EPOCHS,
+}
+
+
+def session_spec(message: session_pb2.SessionSpec, limits: Limits) -> SessionSpec:
+    """Decode what a session is to be made from, and fill in every default.
+
+    Raises:
+        OptserveError: Something in it is not allowed; ``field`` says what.
+    """
+    parameters = decode.tensor_specs(message.parameters, limits, "spec.parameters")
+    _check_floating(parameters)
+    if not message.HasField("optimizer"):
+        raise MissingFieldError(
+            "a session needs an optimizer", field="spec.optimizer", expected="an optimizer"
+        )
+    optimizer = choice(message.optimizer, "spec.optimizer", limits)
+    scheduler = (
+        choice(message.scheduler, "spec.scheduler", limits)
+        if message.HasField("scheduler")
+        else None
+    )
+    if scheduler:
+        scheduler = Choice(kind=scheduler.kind, arguments=schedulers.effective_arguments(scheduler))
+    own = message.limits
+    return SessionSpec(
+        display_name=decode.display_name(message.display_name, limits),
+        parameters=tuple(parameters),
+        optimizer=Choice(
+            kind=optimizer.kind,
+            arguments=optimizers.effective_hyperparameters(
+                OPTIMIZERS[optimizer.kind], optimizer.arguments
+            ),
+        ),
+        groups=_groups(message.groups, parameters, optimizer, limits),
+        scheduler=scheduler,
+        schedule_unit=decode.enum(_UNITS, message.scheduler.unit, "spec.scheduler.unit"),
+        loss=choice(message.loss, "spec.loss", limits) if message.HasField("loss") else None,
+        workers=_workers(message.workers, limits),
+        allow_non_finite=bool(decode.non_finite(message.non_finite)),
+        loss_points_max=_own_limit(own, "loss_points_max", limits.loss_points_max),
+        round_timeout_s=_own_limit(own, "round_timeout_s", limits.round_timeout_s),
+    )
+
+
+def choice(
+    message: optimizer_pb2.Optimizer | scheduler_pb2.Scheduler | loss_pb2.Loss,
+    field: str,
+    limits: Limits,
+) -> Choice:
+    """Decode the optimizer, scheduler or loss that a oneof chooses, by its descriptor.
+
+    Raises:
+        OptserveError: Nothing is chosen, or an argument is not allowed.
+    """
+    name = message.WhichOneof("kind")
+    if name is None:
+        raise MissingFieldError(
+            f"{field} chooses nothing; see GetCatalogue for what there is",
+            field=field,
+            expected=f"one of {', '.join(each.name for each in message.DESCRIPTOR.oneofs[0].fields)}",
+        )
+    chosen: Message = getattr(message, name)
+    arguments = {
+        descriptor.name: _value(descriptor, value, f"{field}.{name}.{descriptor.name}", limits)
+        for descriptor, value in chosen.ListFields()
+    }
+    return Choice(kind=chosen.DESCRIPTOR.name, arguments=arguments)
+
+
+def overrides(
+    message: optimizer_pb2.Optimizer, kind: str, field: str, limits: Limits
+) -> Mapping[str, Value]:
+    """Decode hyperparameters of a session's optimizer, which must be of the session's kind.
+
+    Raises:
+        OptserveError: They are of another kind, or one is not allowed.
+    """
+    if message.WhichOneof("kind") is None:
+        return {}
+    chosen = choice(message, field, limits)
+    if chosen.kind != kind:
+        raise InvalidFieldError(
+            f"the hyperparameters are of {chosen.kind}; the session's optimizer is {kind}",
+            field=field,
+            expected=kind,
+            actual=chosen.kind,
+        )
+    return chosen.arguments
+
+
+def check_change(
+    kind: OptimizerKind, own: Mapping[str, Value], group: GroupSpec, field: str
+) -> None:
+    """Make sure that a running session's group can take new hyperparameters at all.
+
+    Raises:
+        InvalidHyperparameterError: torch would silently go on without one.
+    """
+    _check_fixed(kind, own, group.hyperparameters, field)
+
+
+def _groups(
+    messages: Sequence[session_pb2.ParameterGroup],
+    parameters: Sequence[TensorSpec],
+    optimizer: Choice,
+    limits: Limits,
+) -> tuple[GroupSpec, ...]:
+    if len(messages) > limits.groups_max:
+        raise LimitExceededError(
+            f"there are {len(messages)} groups; {limits.groups_max} are allowed",
+            field="spec.groups",
+            expected=f"at most {limits.groups_max}",
+            actual=len(messages),
+        )
+    kind = OPTIMIZERS[optimizer.kind]
+    positions = {parameter.name: i for i, parameter in enumerate(parameters)}
+    groups: dict[str, GroupSpec] = {}
+    for i, message in enumerate(messages):
+        field = f"spec.groups[{i}]"
+        decode.check_name(message.name, limits, f"{field}.name")
+        if message.name in groups:
+            raise InvalidNameError(
+                f"group {message.name!r} is there twice", field=f"{field}.name", actual=message.name
+            )
+        own = overrides(message.overrides, kind.name, f"{field}.overrides", limits)
+        _check_fixed(kind, own, optimizer.arguments, f"{field}.overrides")
+        groups[message.name] = GroupSpec(
+            name=message.name,
+            parameters=_take(message, positions, field),
+            hyperparameters=optimizers.effective_hyperparameters(
+                kind, {**optimizer.arguments, **own}
+            ),
+        )
+    default = groups.pop(DEFAULT_GROUP, None)
+    if positions or default:
+        hyperparameters = (
+            default.hyperparameters
+            if default
+            else optimizers.effective_hyperparameters(kind, optimizer.arguments)
+        )
+        rest = GroupSpec(
+            name=DEFAULT_GROUP,
+            parameters=tuple(positions.values()),
+            hyperparameters=hyperparameters,
+        )
+        return (rest, *groups.values()) if rest.parameters else tuple(groups.values())
+    return tuple(groups.values())
+
+
+def _take(
+    message: session_pb2.ParameterGroup, positions: dict[str, int], field: str
+) -> tuple[int, ...]:
+    """Take the group's parameters out of those that are in no group yet."""
+    if message.name == DEFAULT_GROUP and message.parameters:
+        raise InvalidFieldError(
+            "group 'default' takes the parameters that are in no other; it names none itself",
+            field=f"{field}.parameters",
+            expected="none",
+        )
+    if message.name != DEFAULT_GROUP and not message.parameters:
+        raise MissingFieldError(
+            f"group {message.name!r} has no parameters",
+            field=f"{field}.parameters",
+            expected="a parameter",
+        )
+    taken = []
+    for i, name in enumerate(message.parameters):
+        if name not in positions:
+            raise UnknownNameError(
+                f"{name!r} is no parameter of the session, or is in a group already",
+                field=f"{field}.parameters[{i}]",
+                expected="a parameter in no other group",
+                actual=name,
+            )
+        taken.append(positions.pop(name))
+    return tuple(taken)
+
+
+def _check_fixed(
+    kind: OptimizerKind, own: Mapping[str, Value], session: Mapping[str, Value], field: str
+) -> None:
+    """torch reads some hyperparameters once for all groups: a group's own would silently have no effect."""
+    in_force = optimizers.effective_hyperparameters(kind, session)
+    for name in kind.fixed:
+        if name in own and own[name] != in_force[name]:
+            raise InvalidHyperparameterError(
+                f"{name} of {kind.name} is one for the whole session, from its beginning",
+                field=f"{field}.{name}",
+                expected=in_force[name],
+                actual=own[name],
+            )
+
+
+def _value(field: FieldDescriptor, value: object, path: str, limits: Limits) -> Value:
+    """Turn the value of a set field into what torch's constructor takes."""
+    if field.is_repeated:
+        values: Sequence[object] = value  # type: ignore[assignment]
+        check_count(field, len(values), path)
+        return tuple(
+            _value_of_one(field, each, f"{path}[{i}]", limits) for i, each in enumerate(values)
+        )  # type: ignore[return-value]
+    return _value_of_one(field, value, path, limits)
+
+
+def _value_of_one(field: FieldDescriptor, value: object, path: str, limits: Limits) -> Value:
+    if isinstance(value, tensor_pb2.Tensor):
+        return decode.tensor(value, limits, path)
+    if field.enum_type is not None:
+        return _reduction(value, path)
+    if field.cpp_type in _NUMBERS:
+        check_number(field, value, path)  # type: ignore[arg-type]
+    return value  # type: ignore[return-value]
+
+
+def _reduction(value: object, path: str) -> str:
+    names = loss_pb2.Reduction.DESCRIPTOR.values_by_number
+    if value not in names:
+        raise InvalidFieldError(
+            "there is no such reduction", field=path, expected="a Reduction", actual=value
+        )
+    return names[value].name.removeprefix("REDUCTION_").lower()  # type: ignore[index]
+
+
+def _check_floating(parameters: Sequence[TensorSpec]) -> None:
+    if not parameters:
+        raise MissingFieldError(
+            "a session needs parameters", field="spec.parameters", expected="a parameter"
+        )
+    for i, parameter in enumerate(parameters):
+        if not parameter.dtype.is_floating_point:
+            raise InvalidFieldError(
+                f"parameter {parameter.name!r} is not floating point; an optimizer moves it by fractions",
+                field=f"spec.parameters[{i}].data_type",
+                expected="FP16, BF16, FP32 or FP64",
+                actual=str(parameter.dtype).removeprefix("torch."),
+            )
+
+
+def _workers(count: int, limits: Limits) -> int:
+    if count > limits.workers_max:
+        raise LimitExceededError(
+            f"the session wants {count} workers; {limits.workers_max} are allowed",
+            field="spec.workers",
+            expected=f"at most {limits.workers_max}",
+            actual=count,
+        )
+    return count or 1
+
+
+def _own_limit(message: session_pb2.SessionLimits, name: str, most: float) -> float:
+    if not message.HasField(name):
+        return most
+    value = getattr(message, name)
+    if not 0 <= value <= most:
+        raise LimitExceededError(
+            f"{name} is {value:g}; the server allows 0 to {most:g}",
+            field=f"spec.limits.{name}",
+            expected=f"0 to {most:g}",
+            actual=value,
+        )
+    return value
+
+
+def values(
+    messages: Sequence[tensor_pb2.Tensor], spec: SessionSpec, limits: Limits
+) -> Mapping[int, Tensor]:
+    """Decode values of parameters that came along with the spec, by the parameters' positions.
+
+    Raises:
+        OptserveError: One of them belongs to no parameter, or does not fit it.
+    """
+    positions = {parameter.name: i for i, parameter in enumerate(spec.parameters)}
+    decoded: dict[int, Tensor] = {}
+    for i, message in enumerate(messages):
+        field = f"values[{i}]"
+        position = positions.get(message.header.name)
+        if position is None or position in decoded:
+            raise UnknownNameError(
+                f"{message.header.name!r} is no parameter of the session, or is there twice",
+                field=f"{field}.header.name",
+                expected="each parameter once at most",
+                actual=message.header.name,
+            )
+        came = decode.tensor_spec(message.header, limits, f"{field}.header")
+        check_fits(came, spec.parameters[position], f"{field}.header")
+        decoded[position] = decode.tensor(message, limits, field)
+    return decoded

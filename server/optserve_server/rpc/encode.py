@@ -1,0 +1,189 @@
+"""The core's values into messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from torch import Tensor
+
+from optserve.v1 import (
+    loss_pb2,
+    optimizer_pb2,
+    optimizer_service_pb2,
+    scheduler_pb2,
+    session_pb2,
+    tensor_pb2,
+)
+from optserve_server.core import losses
+from optserve_server.core.actor import SessionActor
+from optserve_server.core.history import LossPoint
+from optserve_server.core.losses import LossOutcome
+from optserve_server.core.session import StepOutcome
+from optserve_server.core.spec import Choice, ScheduleUnit, SessionSpec, Split, Value
+from optserve_server.core.tensors import TensorSpec, byte_view, dtype_name, spec_of
+
+_Oneof = TypeVar("_Oneof", optimizer_pb2.Optimizer, scheduler_pb2.Scheduler, loss_pb2.Loss)
+
+SPLITS: Mapping[Split, session_pb2.Split.ValueType] = {
+    Split.NONE: session_pb2.SPLIT_UNSPECIFIED,
+    Split.TRAIN: session_pb2.SPLIT_TRAIN,
+    Split.VALIDATION: session_pb2.SPLIT_VALIDATION,
+}
+_UNITS: Mapping[ScheduleUnit, scheduler_pb2.ScheduleUnit.ValueType] = {
+    ScheduleUnit.STEPS: scheduler_pb2.SCHEDULE_UNIT_STEPS,
+    ScheduleUnit.EPOCHS: scheduler_pb2.SCHEDULE_UNIT_EPOCHS,
+}
+
+
+def session(actor: SessionActor) -> session_pb2.Session:
+    """Encode a session in full."""
+    return session_pb2.Session(status=session_status(actor), spec=session_spec(actor.session.spec))
+
+
+def session_status(actor: SessionActor) -> session_pb2.SessionStatus:
+    """Encode where a session stands."""
+    session, spec = actor.session, actor.session.spec
+    state = (
+        session_pb2.SESSION_STATE_READY
+        if session.ready
+        else session_pb2.SESSION_STATE_AWAITING_PARAMETERS
+    )
+    return session_pb2.SessionStatus(
+        session_id=actor.session_id,
+        display_name=spec.display_name,
+        state=session_pb2.SESSION_STATE_FAILED if session.failed else state,
+        steps=session.steps,
+        epochs=session.epochs,
+        rates=group_rates(session.rates),
+        optimizer=spec.optimizer.kind,
+        workers=spec.workers,
+        parameter_count=sum(parameter.element_count for parameter in spec.parameters),
+        reserved_bytes=actor.opened.reserved_bytes,
+        device=actor.device_name,
+        create_time=timestamp(actor.created_s),
+        step_time=None if actor.stepped_s is None else timestamp(actor.stepped_s),
+    )
+
+
+def session_spec(spec: SessionSpec) -> session_pb2.SessionSpec:
+    """Encode what is in force for a session."""
+    scheduler = choice(scheduler_pb2.Scheduler(), spec.scheduler) if spec.scheduler else None
+    if scheduler is not None:
+        scheduler.unit = _UNITS[spec.schedule_unit]
+    policy = (
+        session_pb2.NON_FINITE_POLICY_ALLOW
+        if spec.allow_non_finite
+        else session_pb2.NON_FINITE_POLICY_REFUSE
+    )
+    return session_pb2.SessionSpec(
+        display_name=spec.display_name,
+        parameters=[tensor_header(parameter) for parameter in spec.parameters],
+        optimizer=choice(optimizer_pb2.Optimizer(), spec.optimizer),
+        groups=[
+            session_pb2.ParameterGroup(
+                name=group.name,
+                parameters=[spec.parameters[i].name for i in group.parameters],
+                overrides=choice(
+                    optimizer_pb2.Optimizer(),
+                    Choice(kind=spec.optimizer.kind, arguments=group.hyperparameters),
+                ),
+            )
+            for group in spec.groups
+        ],
+        scheduler=scheduler,
+        loss=_loss(spec.loss) if spec.loss else None,
+        workers=spec.workers,
+        non_finite=policy,
+        limits=session_pb2.SessionLimits(
+            loss_points_max=spec.loss_points_max, round_timeout_s=spec.round_timeout_s
+        ),
+    )
+
+
+def choice(message: _Oneof, chosen: Choice) -> _Oneof:
+    """Fill a oneof with an optimizer, scheduler or loss and its arguments, by its descriptor; return it."""
+    fields = message.DESCRIPTOR.oneofs_by_name["kind"].fields
+    name = next(field.name for field in fields if field.message_type.name == chosen.kind)
+    arguments: Message = getattr(message, name)
+    arguments.SetInParent()
+    for field in arguments.DESCRIPTOR.fields:
+        if field.name in chosen.arguments:
+            _set(arguments, field, chosen.arguments[field.name])
+    return message
+
+
+def group_rates(rates: Mapping[str, float]) -> list[session_pb2.GroupRate]:
+    """Encode learning rates by group."""
+    return [session_pb2.GroupRate(group=group, lr=lr) for group, lr in rates.items()]
+
+
+def tensor_header(spec: TensorSpec) -> tensor_pb2.TensorHeader:
+    """Encode what a tensor is."""
+    data_type = tensor_pb2.DataType.Value(f"DATA_TYPE_{dtype_name(spec.dtype)}")
+    return tensor_pb2.TensorHeader(name=spec.name, data_type=data_type, shape=spec.shape)
+
+
+def tensor(name: str, value: Tensor) -> tensor_pb2.Tensor:
+    """Encode a whole tensor; contiguous, on the CPU."""
+    return tensor_pb2.Tensor(
+        header=tensor_header(spec_of(name, value)), data=bytes(byte_view(value))
+    )
+
+
+def step_result(outcome: StepOutcome, *, replayed: bool) -> optimizer_service_pb2.StepResult:
+    """Encode what a step did; `parameters` are the caller's to add."""
+    return optimizer_service_pb2.StepResult(
+        step=outcome.step,
+        epochs=outcome.epochs,
+        rates=group_rates(outcome.rates),
+        gradient_norm=outcome.gradient_norm,
+        replayed=replayed,
+    )
+
+
+def loss_result(outcome: LossOutcome, steps: int) -> optimizer_service_pb2.LossResult:
+    """Encode what an evaluation found."""
+    return optimizer_service_pb2.LossResult(
+        loss=outcome.loss, accuracy=outcome.accuracy, steps=steps
+    )
+
+
+def loss_point(point: LossPoint) -> session_pb2.LossPoint:
+    """Encode one point of a history."""
+    return session_pb2.LossPoint(
+        sequence=point.sequence,
+        split=SPLITS[point.split],
+        steps=point.steps,
+        epochs=point.epochs,
+        loss=point.loss,
+        accuracy=point.accuracy,
+        time=timestamp(point.time_s),
+    )
+
+
+def timestamp(time_s: float) -> Timestamp:
+    """Encode seconds since the epoch."""
+    message = Timestamp()
+    message.FromNanoseconds(round(time_s * 1e9))
+    return message
+
+
+def _loss(chosen: Choice) -> loss_pb2.Loss:
+    effective = Choice(kind=chosen.kind, arguments=losses.effective_arguments(chosen))
+    return choice(loss_pb2.Loss(), effective)
+
+
+def _set(message: Message, field: FieldDescriptor, value: Value) -> None:
+    if isinstance(value, tuple):
+        getattr(message, field.name).extend(value)
+    elif isinstance(value, Tensor):
+        getattr(message, field.name).CopyFrom(tensor("", value.cpu()))
+    elif field.enum_type is not None:
+        numbers = field.enum_type.values_by_name
+        setattr(message, field.name, numbers[f"REDUCTION_{str(value).upper()}"].number)
+    else:
+        setattr(message, field.name, value)

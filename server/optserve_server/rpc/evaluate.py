@@ -1,0 +1,174 @@
+"""EvaluateLoss, in one message and as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from torch import Tensor
+
+from optserve.limits import MESSAGE_HEADROOM_BYTES
+from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.tensor_pb2 import TensorChunks
+from optserve_server.core.actor import SessionActor
+from optserve_server.core.errors import EventOutOfOrderError, LimitExceededError, MissingFieldError
+from optserve_server.core.events import Direction
+from optserve_server.core.losses import LossOutcome
+from optserve_server.core.registry import SessionRegistry
+from optserve_server.core.spec import Split
+from optserve_server.core.tensors import TensorSpec, spec_of
+from optserve_server.rpc import decode, encode, transfer
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+_COPIES = 4  # Predictions and targets, and as much again for what torch computes between them and the gradient.
+
+
+async def evaluate(
+    request: pb.EvaluateLossRequest, registry: SessionRegistry
+) -> pb.EvaluateLossResponse:
+    """Evaluate what came in one message.
+
+    Raises:
+        OptserveError: It does not fit the session's loss.
+    """
+    limits = registry.limits
+    actor = registry.find(request.session_id)
+    _check_there(request)
+    specs = [
+        decode.tensor_spec(request.predictions.header, limits, "predictions.header"),
+        decode.tensor_spec(request.targets.header, limits, "targets.header"),
+    ]
+    decode.check_byte_count(specs[0], len(request.predictions.data), "predictions.data")
+    decode.check_byte_count(specs[1], len(request.targets.data), "targets.data")
+    if 2 * specs[0].byte_count > limits.message_bytes_max - MESSAGE_HEADROOM_BYTES and _wants(
+        request
+    ):
+        raise LimitExceededError(
+            f"the answer would hold the gradient's {specs[0].byte_count} bytes; use EvaluateLossStream",
+            field="predictions",
+            expected=f"at most {(limits.message_bytes_max - MESSAGE_HEADROOM_BYTES) // 2} bytes",
+            actual=f"{specs[0].byte_count} bytes",
+        )
+    with registry.budget.reserved(
+        _bytes_of(specs, registry), what="the evaluation", field="predictions"
+    ):
+        predictions = decode.tensor(request.predictions, limits, "predictions")
+        targets = decode.tensor(request.targets, limits, "targets")
+        outcome = await _evaluate(actor, request, predictions, targets, registry)
+        tensors = _tensors(outcome)
+        registry.surroundings.observer.bytes_moved(
+            Direction.SENT, sum(each.nbytes for each in tensors.values())
+        )
+        return pb.EvaluateLossResponse(
+            result=encode.loss_result(outcome, actor.session.steps),
+            **{name: encode.tensor(name, tensor) for name, tensor in tensors.items()},
+        )
+
+
+async def evaluate_stream(
+    requests: AsyncIterator[pb.EvaluateLossStreamRequest],
+    context: _Context,
+    registry: SessionRegistry,
+) -> None:
+    """Evaluate what comes in chunks, and answer in chunks.
+
+    Raises:
+        OptserveError: It does not fit the session's loss.
+    """
+    limits = registry.limits
+    first = await transfer.first(requests, "begin", limits)
+    if first.WhichOneof("event") != "begin":
+        raise EventOutOfOrderError(
+            "an evaluation begins with `begin`", field="event", expected="begin"
+        )
+    begin = first.begin
+    actor = registry.find(begin.session_id)
+    _check_there(begin)
+    specs = [
+        decode.tensor_spec(begin.predictions, limits, "begin.predictions"),
+        decode.tensor_spec(begin.targets, limits, "begin.targets"),
+    ]
+    with registry.budget.reserved(
+        _bytes_of(specs, registry), what="the evaluation", field="begin.predictions"
+    ):
+        received = [registry.surroundings.device.staging(spec) for spec in specs]
+        receiver = transfer.Receiver(received, "begin", limits)
+        while (request := await transfer.next_or_none(requests, limits)) is not None:
+            if request.WhichOneof("event") != "chunks":
+                raise EventOutOfOrderError(
+                    "chunks follow `begin`", field="event", expected="chunks"
+                )
+            receiver.add(request.chunks)
+        receiver.finish()
+        outcome = await _evaluate(actor, begin, received[0], received[1], registry)
+        tensors = _tensors(outcome)
+        evaluated = pb.LossEvaluated(
+            result=encode.loss_result(outcome, actor.session.steps),
+            tensors=[
+                encode.tensor_header(spec_of(name, tensor)) for name, tensor in tensors.items()
+            ],
+        )
+        await transfer.in_time(
+            context.write(pb.EvaluateLossStreamResponse(evaluated=evaluated)), limits
+        )
+
+        async def write(chunks: TensorChunks) -> None:
+            await context.write(pb.EvaluateLossStreamResponse(chunks=chunks))
+
+        count = await transfer.send(list(tensors.values()), write, limits)
+        registry.surroundings.observer.bytes_moved(Direction.SENT, count)
+
+
+def _check_there(request: pb.EvaluateLossRequest | pb.LossBegin) -> None:
+    for field in ("predictions", "targets"):
+        if not request.HasField(field):
+            raise MissingFieldError(
+                f"an evaluation needs {field}", field=field, expected="a tensor"
+            )
+
+
+def _wants(request: pb.EvaluateLossRequest | pb.LossBegin) -> bool:
+    """Return whether the gradient is asked for: by itself for training data only."""
+    if request.HasField("gradient"):
+        return request.gradient
+    return decode.split(request.split) is Split.TRAIN
+
+
+def _bytes_of(specs: list[TensorSpec], registry: SessionRegistry) -> int:
+    """Return how much memory an evaluation takes.
+
+    Raises:
+        LimitExceededError: Predictions and targets are larger than allowed.
+    """
+    count, most = sum(spec.byte_count for spec in specs), registry.limits.loss_bytes_max
+    if count > most:
+        raise LimitExceededError(
+            f"predictions and targets have {count} bytes; {most} are allowed",
+            field="predictions",
+            expected=f"at most {most} bytes",
+            actual=f"{count} bytes",
+        )
+    return _COPIES * count
+
+
+async def _evaluate(
+    actor: SessionActor,
+    request: pb.EvaluateLossRequest | pb.LossBegin,
+    predictions: Tensor,
+    targets: Tensor,
+    registry: SessionRegistry,
+) -> LossOutcome:
+    registry.surroundings.observer.bytes_moved(
+        Direction.RECEIVED, predictions.nbytes + targets.nbytes
+    )
+    return await actor.evaluate(
+        decode.split(request.split), predictions, targets, with_gradient=_wants(request)
+    )
+
+
+def _tensors(outcome: LossOutcome) -> dict[str, Tensor]:
+    """Return the tensors of an answer by the names that the contract gives them."""
+    tensors = {"gradient": outcome.gradient, "elements": outcome.elements}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -1,0 +1,144 @@
+"""The boundary of the service: what comes in is counted and decoded safely, what goes wrong is told properly."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+
+from optserve_server.core.errors import MalformedMessageError, OptserveError
+from optserve_server.core.events import Observer, RpcKind, RpcMethod
+from optserve_server.rpc import status
+
+_LOGGER = logging.getLogger(__name__)
+_MALFORMED: Final = (
+    object()
+)  # What a message decodes to when it is none; gRPC itself would answer INTERNAL.
+
+_Handler = Any  # grpc.RpcMethodHandler, whose attributes its types do not name.
+_Context = Any  # grpc.aio.ServicerContext[Any, Any]
+
+
+def methods_of(service: ServiceDescriptor) -> Iterator[RpcMethod]:
+    """Yield the methods of a service as telemetry names them."""
+    for method in service.methods:
+        yield RpcMethod(kind=_kind(method), service=service.full_name, method=method.name)
+
+
+class Boundary(grpc.aio.ServerInterceptor):
+    """Wraps every method of one service; others pass untouched."""
+
+    def __init__(self, service: ServiceDescriptor, observer: Observer) -> None:
+        """Watch ``service`` and tell ``observer``."""
+        self._methods = {f"/{each.service}/{each.method}": each for each in methods_of(service)}
+        self._observer = observer
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler:
+        """Return the wrapped handler of the call."""
+        handler = await continuation(handler_call_details)
+        method = self._methods.get(str(handler_call_details.method))
+        if handler is None or method is None:
+            return handler
+        behaviour = (
+            handler.unary_unary
+            or handler.unary_stream
+            or handler.stream_unary
+            or handler.stream_stream
+        )
+        make, wrap = {
+            RpcKind.UNARY: (grpc.unary_unary_rpc_method_handler, self._with_message),
+            RpcKind.SERVER_STREAM: (grpc.unary_stream_rpc_method_handler, self._with_message),
+            RpcKind.CLIENT_STREAM: (grpc.stream_unary_rpc_method_handler, self._with_messages),
+            RpcKind.BIDI_STREAM: (grpc.stream_stream_rpc_method_handler, self._with_messages),
+        }[method.kind]
+        return make(
+            wrap(method, behaviour),
+            request_deserializer=functools.partial(
+                self._decode, method, handler.request_deserializer
+            ),
+            response_serializer=functools.partial(
+                self._encode, method, handler.response_serializer
+            ),
+        )
+
+    def _decode(self, method: RpcMethod, decode: Callable[[bytes], Any], data: bytes) -> Any:
+        self._observer.message_received(method)
+        try:
+            return decode(data)
+        except Exception:  # noqa: BLE001 - Whatever a decoder raises at a stranger's bytes.
+            return _MALFORMED
+
+    def _encode(self, method: RpcMethod, encode: Callable[[Any], bytes], message: Any) -> bytes:
+        self._observer.message_sent(method)
+        return encode(message)
+
+    def _with_message(self, method: RpcMethod, behaviour: Callable[..., Awaitable[Any]]) -> Any:
+        async def handle(request: Any, context: _Context) -> Any:
+            async with self._handling(method, context):
+                return await behaviour(_checked(method, request), context)
+
+        return handle
+
+    def _with_messages(self, method: RpcMethod, behaviour: Callable[..., Awaitable[Any]]) -> Any:
+        async def handle(requests: AsyncIterator[Any], context: _Context) -> Any:
+            async with self._handling(method, context):
+                checked = (_checked(method, request) async for request in requests)
+                return await behaviour(checked, context)
+
+        return handle
+
+    @asynccontextmanager
+    async def _handling(self, method: RpcMethod, context: _Context) -> AsyncIterator[None]:
+        """Count a call, and translate what it raises."""
+        self._observer.rpc_started(method)
+        started, code = time.perf_counter(), "OK"
+        try:
+            yield
+        except OptserveError as error:
+            code = _go_name(status.STATUS[type(error)][0])
+            self._observer.refused(status.reason_of(error))
+            await status.abort(context, error)
+        except asyncio.CancelledError:
+            code = _go_name(grpc.StatusCode.CANCELLED)
+            raise
+        except Exception:
+            code = _go_name(grpc.StatusCode.INTERNAL)
+            request_id = secrets.token_hex(8)
+            _LOGGER.exception(
+                "internal error", extra={"request_id": request_id, "method": method.method}
+            )
+            self._observer.refused("INTERNAL")
+            await status.abort_internal(context, request_id)
+        finally:
+            self._observer.rpc_handled(method, code, time.perf_counter() - started)
+
+
+def _checked(method: RpcMethod, request: Any) -> Any:
+    if request is _MALFORMED:
+        raise MalformedMessageError(f"the bytes are no message of {method.method}")
+    return request
+
+
+def _kind(method: MethodDescriptor) -> RpcKind:
+    if method.client_streaming:
+        return RpcKind.BIDI_STREAM if method.server_streaming else RpcKind.CLIENT_STREAM
+    return RpcKind.SERVER_STREAM if method.server_streaming else RpcKind.UNARY
+
+
+def _go_name(code: grpc.StatusCode) -> str:
+    """Return a code as Go writes it, for dashboards that know go-grpc-prometheus."""
+    if code in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
+        return "OK" if code is grpc.StatusCode.OK else "Canceled"
+    return code.name.title().replace("_", "")

@@ -1,0 +1,95 @@
+"""UploadParameters and DownloadParameters."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.tensor_pb2 import TensorChunks
+from optserve_server.core.actor import SessionActor
+from optserve_server.core.errors import EventOutOfOrderError, MissingFieldError, UnknownNameError
+from optserve_server.core.events import Direction
+from optserve_server.core.registry import SessionRegistry
+from optserve_server.rpc import decode, encode, transfer
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+async def upload(
+    requests: AsyncIterator[pb.UploadParametersRequest], registry: SessionRegistry
+) -> SessionActor:
+    """Receive values of parameters, then set them all at once; return the session.
+
+    Raises:
+        OptserveError: Something about it is not allowed. Nothing was changed.
+    """
+    limits, observer = registry.limits, registry.surroundings.observer
+    begin = await transfer.first(requests, "begin", limits)
+    if begin.WhichOneof("event") != "begin":
+        raise EventOutOfOrderError("an upload begins with `begin`", field="event", expected="begin")
+    actor = registry.find(begin.begin.session_id)
+    specs = decode.tensor_specs(begin.begin.parameters, limits, "begin.parameters")
+    if not specs:
+        raise MissingFieldError(
+            "the upload announces no parameter", field="begin.parameters", expected="a parameter"
+        )
+    positions = actor.positions_of(specs, "begin.parameters")
+    count = sum(spec.byte_count for spec in specs)
+    with registry.budget.reserved(count, what="the upload", field="begin.parameters"):
+        values = [registry.surroundings.device.staging(spec) for spec in specs]
+        receiver = transfer.Receiver(values, "begin.parameters", limits)
+        while (request := await transfer.next_or_none(requests, limits)) is not None:
+            if request.WhichOneof("event") != "chunks":
+                raise EventOutOfOrderError(
+                    "chunks follow `begin`", field="event", expected="chunks"
+                )
+            receiver.add(request.chunks)
+        receiver.finish()
+        observer.bytes_moved(Direction.RECEIVED, count)
+        await actor.set_parameters(dict(zip(positions, values, strict=True)))
+    return actor
+
+
+async def download(
+    request: pb.DownloadParametersRequest, context: _Context, registry: SessionRegistry
+) -> None:
+    """Send values of parameters as they are between two steps.
+
+    Raises:
+        OptserveError: The session has not all of them.
+    """
+    limits, observer = registry.limits, registry.surroundings.observer
+    actor = registry.find(request.session_id)
+    actor.session.check_ready()
+    specs = actor.session.spec.parameters
+    positions = [_position(actor, name, i) for i, name in enumerate(request.names)] or range(
+        len(specs)
+    )
+
+    async def write(chunks: TensorChunks) -> None:
+        actor.check_open()
+        await context.write(pb.DownloadParametersResponse(chunks=chunks))
+
+    async with actor.reading() as parameters:
+        begin = pb.DownloadBegin(
+            steps=actor.session.steps,
+            parameters=[encode.tensor_header(specs[i]) for i in positions],
+        )
+        await transfer.in_time(context.write(pb.DownloadParametersResponse(begin=begin)), limits)
+        count = await transfer.send([parameters[i] for i in positions], write, limits)
+    observer.bytes_moved(Direction.SENT, count)
+
+
+def _position(actor: SessionActor, name: str, i: int) -> int:
+    position = actor.position(name)
+    if position is None:
+        raise UnknownNameError(
+            f"the session has no parameter {name!r}",
+            field=f"names[{i}]",
+            expected="a parameter of the session",
+            actual=name,
+        )
+    return position

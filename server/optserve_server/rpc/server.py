@@ -1,0 +1,115 @@
+"""The gRPC server: the service, its health and its reflection, on one port."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from optserve.v1 import optimizer_service_pb2
+from optserve.v1.optimizer_service_pb2_grpc import add_OptimizerServiceServicer_to_server
+from optserve_server.core.registry import SessionRegistry
+from optserve_server.rpc.interceptor import Boundary
+from optserve_server.rpc.servicer import OptimizerServicer
+
+SERVICE = optimizer_service_pb2.DESCRIPTOR.services_by_name["OptimizerService"]
+"""The service's descriptor."""
+
+_NO_COMPRESSION = (
+    1 << 0
+)  # Bit of grpc's "identity" algorithm: tensors do not compress, and bombs do.
+_KEEPALIVE_MS = 60_000
+_REFLECTION = "grpc.reflection.{}.ServerReflection"
+
+
+class AddressInUseError(Exception):
+    """The address cannot be bound; the message says which."""
+
+
+class HealthServicer(health.aio.HealthServicer):
+    """grpcio's health service, with the List that it lacks."""
+
+    async def List(
+        self, request: health_pb2.HealthListRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> health_pb2.HealthListResponse:
+        """Return the status of every service."""
+        statuses = {
+            name: health_pb2.HealthCheckResponse(status=status)
+            for name, status in self._server_status.items()
+        }
+        return health_pb2.HealthListResponse(statuses=statuses)
+
+
+class Server:
+    """The gRPC server of one registry."""
+
+    def __init__(self, registry: SessionRegistry) -> None:
+        """Build the server. Made on the event loop."""
+        limits = registry.limits
+        self._health = HealthServicer()
+        self._server = grpc.aio.server(
+            interceptors=[Boundary(SERVICE, registry.surroundings.observer)],
+            options=[
+                ("grpc.max_receive_message_length", limits.message_bytes_max),
+                ("grpc.max_send_message_length", limits.message_bytes_max),
+                ("grpc.compression_enabled_algorithms_bitset", _NO_COMPRESSION),
+                (
+                    "grpc.so_reuseport",
+                    0,
+                ),  # Or two servers share a port, and sessions vanish at random.
+                (
+                    "grpc.keepalive_time_ms",
+                    _KEEPALIVE_MS,
+                ),  # A client that is gone is noticed in a minute or two.
+                ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ],
+        )
+        add_OptimizerServiceServicer_to_server(OptimizerServicer(registry), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._add_reflection()
+
+    async def start(self, host: str, port: int) -> int:
+        """Serve, and return the port, which is a free one if ``port`` is 0.
+
+        Raises:
+            AddressInUseError: The address cannot be bound.
+        """
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise AddressInUseError(
+                f"cannot listen on {address}: another server may be there"
+            ) from error
+        await self._server.start()
+        await self._health.set(SERVICE.full_name, health_pb2.HealthCheckResponse.SERVING)
+        return port
+
+    async def announce_end(self) -> None:
+        """Answer health checks with NOT_SERVING from now on."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more calls, let those that go on end by themselves for ``grace_s``, then end them."""
+        await self._server.stop(grace_s)
+
+    def _add_reflection(self) -> None:
+        """Serve reflection as v1alpha, which is all that grpcio has, and as v1, of which the messages are the same."""
+        names = [SERVICE.full_name, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
+        names += [_REFLECTION.format(version) for version in ("v1", "v1alpha")]
+        reflection.enable_server_reflection(names, self._server)
+        handler = grpc.stream_stream_rpc_method_handler(
+            reflection.aio.ReflectionServicer(names).ServerReflectionInfo,
+            request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+            response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+        )
+        self._server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(
+                    _REFLECTION.format("v1"), {"ServerReflectionInfo": handler}
+                ),
+            )
+        )

@@ -1,0 +1,197 @@
+"""OptimizerService: each call is decode, core, encode."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import torch
+
+from optserve.limits import MESSAGE_HEADROOM_BYTES
+from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceServicer
+from optserve_server import __version__
+from optserve_server.core.errors import LimitExceededError, TooManyError
+from optserve_server.core.registry import SessionRegistry
+from optserve_server.core.spec import SessionSpec
+from optserve_server.rpc import change, decode, decode_spec, encode, evaluate, parameters, train
+from optserve_server.rpc.catalogue import catalogue
+from optserve_server.rpc.constraints import check_known
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+_PAGE_SESSIONS_MAX = 100
+_PAGE_POINTS_MAX = 10_000  # About 50 bytes each: an eighth of a message.
+_RETRY_AFTER_S = 5.0
+
+
+class OptimizerServicer(OptimizerServiceServicer):
+    """The service over a registry of sessions. What a method raises, the Boundary translates."""
+
+    def __init__(self, registry: SessionRegistry) -> None:
+        """Serve ``registry``."""
+        self._registry = registry
+        self._limits = registry.limits
+        self._catalogue = catalogue()
+        self._streams = 0
+
+    async def CreateSession(
+        self, request: pb.CreateSessionRequest, context: _Context
+    ) -> pb.CreateSessionResponse:
+        """Create a session, with values for its parameters if they came along."""
+        check_known(request, "")
+        spec = decode_spec.session_spec(request.spec, self._limits)
+        _check_answer_fits(spec, self._limits.message_bytes_max)
+        values = decode_spec.values(request.values, spec, self._limits)
+        actor = await self._registry.create(spec)
+        if values:
+            await actor.set_parameters(values)
+        return pb.CreateSessionResponse(session=encode.session(actor))
+
+    async def GetSession(
+        self, request: pb.GetSessionRequest, context: _Context
+    ) -> pb.GetSessionResponse:
+        """Say where a session stands."""
+        return pb.GetSessionResponse(
+            session=encode.session(self._registry.find(request.session_id))
+        )
+
+    async def ListSessions(
+        self, request: pb.ListSessionsRequest, context: _Context
+    ) -> pb.ListSessionsResponse:
+        """List the sessions, the oldest first."""
+        after, count = decode.page(request.page_size, request.page_token, _PAGE_SESSIONS_MAX)
+        actors, next_after = self._registry.page(after=after, count=count)
+        return pb.ListSessionsResponse(
+            sessions=[encode.session_status(actor) for actor in actors],
+            next_page_token="" if next_after is None else str(next_after),
+        )
+
+    async def UpdateSession(
+        self, request: pb.UpdateSessionRequest, context: _Context
+    ) -> pb.UpdateSessionResponse:
+        """Change a running session."""
+        check_known(request, "")
+        actor = self._registry.find(request.session_id)
+        changes = change.session_change(request, actor.session, self._limits)
+        self._registry.resize(actor, change.changed_spec(actor.session.spec, changes))
+        await actor.change(changes)
+        return pb.UpdateSessionResponse(session=encode.session(actor))
+
+    async def DeleteSession(
+        self, request: pb.DeleteSessionRequest, context: _Context
+    ) -> pb.DeleteSessionResponse:
+        """Forget a session."""
+        actor = await self._registry.delete(request.session_id)
+        return pb.DeleteSessionResponse(status=encode.session_status(actor))
+
+    async def UploadParameters(
+        self, request_iterator: AsyncIterator[pb.UploadParametersRequest], context: _Context
+    ) -> pb.UploadParametersResponse:
+        """Set values of parameters."""
+        with self._stream():
+            actor = await parameters.upload(request_iterator, self._registry)
+            return pb.UploadParametersResponse(status=encode.session_status(actor))
+
+    async def DownloadParameters(
+        self, request: pb.DownloadParametersRequest, context: _Context
+    ) -> None:
+        """Send values of parameters."""
+        with self._stream():
+            await parameters.download(request, context, self._registry)
+
+    async def Train(
+        self, request_iterator: AsyncIterator[pb.TrainRequest], context: _Context
+    ) -> None:
+        """Serve one worker's stream."""
+        with self._stream():
+            await train.train(request_iterator, context, self._registry)
+
+    async def Step(self, request: pb.StepRequest, context: _Context) -> pb.StepResponse:
+        """Take a step that came in one message."""
+        return await train.step(request, self._registry)
+
+    async def EndEpoch(self, request: pb.EndEpochRequest, context: _Context) -> pb.EndEpochResponse:
+        """End an epoch."""
+        actor = self._registry.find(request.session_id)
+        await actor.end_epoch(request.epoch)
+        return pb.EndEpochResponse(status=encode.session_status(actor))
+
+    async def EvaluateLoss(
+        self, request: pb.EvaluateLossRequest, context: _Context
+    ) -> pb.EvaluateLossResponse:
+        """Compute the loss of what came in one message."""
+        return await evaluate.evaluate(request, self._registry)
+
+    async def EvaluateLossStream(
+        self, request_iterator: AsyncIterator[pb.EvaluateLossStreamRequest], context: _Context
+    ) -> None:
+        """Compute the loss of what comes in chunks."""
+        with self._stream():
+            await evaluate.evaluate_stream(request_iterator, context, self._registry)
+
+    async def ListLossPoints(
+        self, request: pb.ListLossPointsRequest, context: _Context
+    ) -> pb.ListLossPointsResponse:
+        """Read a session's history."""
+        actor = self._registry.find(request.session_id)
+        after, count = decode.page(request.page_size, request.page_token, _PAGE_POINTS_MAX)
+        page = actor.session.history.page(decode.split(request.split), after=after, count=count)
+        return pb.ListLossPointsResponse(
+            points=[encode.loss_point(point) for point in page.points],
+            forgotten=page.forgotten,
+            next_page_token=str(page.points[-1].sequence) if page.more else "",
+        )
+
+    async def GetCatalogue(
+        self, request: pb.GetCatalogueRequest, context: _Context
+    ) -> pb.GetCatalogueResponse:
+        """List everything that can be chosen."""
+        return self._catalogue
+
+    async def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, context: _Context
+    ) -> pb.GetServerInfoResponse:
+        """Say what the server is."""
+        device, limits = self._registry.surroundings.device, self._limits
+        names = [field.name for field in pb.Limits.DESCRIPTOR.fields]
+        return pb.GetServerInfoResponse(
+            version=__version__,
+            torch_version=str(torch.__version__),
+            device=str(device.torch),
+            device_name=device.name,
+            limits=pb.Limits(**{name: getattr(limits, name) for name in names}),
+        )
+
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        """Count an open stream, of which there may be only so many.
+
+        Raises:
+            TooManyError: There are as many already.
+        """
+        if self._streams >= self._limits.streams_max:
+            raise TooManyError(
+                f"there are {self._streams} streams open, which is as many as allowed; try again later",
+                expected=f"at most {self._limits.streams_max} streams",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self._streams -= 1
+
+
+def _check_answer_fits(spec: SessionSpec, message_bytes_max: int) -> None:
+    """Make sure that the session can be answered with: it names each parameter twice."""
+    count = encode.session_spec(spec).ByteSize()
+    if count > message_bytes_max - MESSAGE_HEADROOM_BYTES:
+        raise LimitExceededError(
+            f"the session's spec has {count} bytes as a message; use fewer parameters or shorter names",
+            field="spec.parameters",
+            expected=f"at most {message_bytes_max - MESSAGE_HEADROOM_BYTES} bytes",
+            actual=f"{count} bytes",
+        )

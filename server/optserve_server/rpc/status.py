@@ -1,0 +1,136 @@
+"""Errors of the core as gRPC statuses: the one table, and the only place that translates."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from optserve.reasons import DOMAIN, reason_name
+from optserve.v1.error_pb2 import Reason, Refusal
+from optserve_server.core import errors
+
+_Row = tuple[grpc.StatusCode, Reason.ValueType]
+
+STATUS: dict[type[errors.OptserveError], _Row] = {
+    errors.MalformedMessageError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_MALFORMED_MESSAGE),
+    errors.UnknownFieldError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_UNKNOWN_FIELD),
+    errors.MissingFieldError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_MISSING_FIELD),
+    errors.InvalidFieldError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_INVALID_FIELD),
+    errors.InvalidNameError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_INVALID_NAME),
+    errors.UnknownNameError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_UNKNOWN_NAME),
+    errors.InvalidHyperparameterError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_INVALID_HYPERPARAMETER),
+    errors.InvalidExpressionError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_INVALID_EXPRESSION),
+    errors.ShapeMismatchError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_SHAPE_MISMATCH),
+    errors.DataTypeMismatchError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_DATA_TYPE_MISMATCH),
+    errors.ByteCountMismatchError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_BYTE_COUNT_MISMATCH),
+    errors.ChunkOutOfOrderError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_CHUNK_OUT_OF_ORDER),
+    errors.EventOutOfOrderError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_EVENT_OUT_OF_ORDER),
+    errors.NonFiniteGradientError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_NON_FINITE_GRADIENT),
+    errors.NoGradientError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_NO_GRADIENT),
+    errors.TargetOutOfRangeError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_TARGET_OUT_OF_RANGE),
+    errors.SessionNotFoundError: (grpc.StatusCode.NOT_FOUND, Reason.REASON_SESSION_NOT_FOUND),
+    errors.ParametersNotSetError: (grpc.StatusCode.FAILED_PRECONDITION, Reason.REASON_PARAMETERS_NOT_SET),
+    errors.LossNotSetError: (grpc.StatusCode.FAILED_PRECONDITION, Reason.REASON_LOSS_NOT_SET),
+    errors.StepOutOfOrderError: (grpc.StatusCode.OUT_OF_RANGE, Reason.REASON_STEP_OUT_OF_ORDER),
+    errors.EpochOutOfOrderError: (grpc.StatusCode.OUT_OF_RANGE, Reason.REASON_EPOCH_OUT_OF_ORDER),
+    errors.EpochEmptyError: (grpc.StatusCode.FAILED_PRECONDITION, Reason.REASON_EPOCH_EMPTY),
+    errors.WorkerBusyError: (grpc.StatusCode.ALREADY_EXISTS, Reason.REASON_WORKER_BUSY),
+    errors.RoundTimeoutError: (grpc.StatusCode.DEADLINE_EXCEEDED, Reason.REASON_ROUND_TIMEOUT),
+    errors.ScheduleFailedError: (grpc.StatusCode.FAILED_PRECONDITION, Reason.REASON_SCHEDULE_FAILED),
+    errors.SessionFailedError: (grpc.StatusCode.DATA_LOSS, Reason.REASON_SESSION_FAILED),
+    errors.SessionDeletedError: (grpc.StatusCode.ABORTED, Reason.REASON_SESSION_DELETED),
+    errors.StalledError: (grpc.StatusCode.DEADLINE_EXCEEDED, Reason.REASON_STALLED),
+    errors.TooManyError: (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.REASON_TOO_MANY),
+    errors.MemoryExhaustedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.REASON_MEMORY_EXHAUSTED),
+    errors.LimitExceededError: (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.REASON_LIMIT_EXCEEDED),
+    errors.DrainingError: (grpc.StatusCode.UNAVAILABLE, Reason.REASON_DRAINING),
+}  # fmt: skip
+"""Status code and reason of every leaf of the error tree; a test proves it total."""
+
+_FACT_CHARS_MAX = 512  # Trailers are metadata, of which peers take 8 KiB in all.
+
+
+def reason_of(error: errors.OptserveError) -> str:
+    """Return the name of the error's reason: ``SHAPE_MISMATCH``."""
+    return reason_name(STATUS[type(error)][1])
+
+
+def refusal(error: errors.OptserveError) -> Refusal:
+    """Return the error as a message, for a stream that goes on."""
+    code, reason = STATUS[type(error)]
+    number: int = code.value[0]  # type: ignore[index]  # types-grpcio calls it an int.
+    return Refusal(
+        code=number,
+        reason=reason,
+        message=error.message,
+        field=error.field,
+        expected=error.expected,
+        actual=error.actual,
+        retry_after=None if error.retry_after_s is None else _duration(error.retry_after_s),
+    )
+
+
+async def abort(
+    context: grpc.aio.ServicerContext[Any, Any], error: errors.OptserveError
+) -> NoReturn:
+    """End the call with the error's status and its facts as rich details."""
+    code, reason = STATUS[type(error)]
+    facts = {"field": error.field, "expected": error.expected, "actual": error.actual}
+    await _abort(context, code, error.message, reason_name(reason), facts, _details(error))
+
+
+async def abort_internal(context: grpc.aio.ServicerContext[Any, Any], request_id: str) -> NoReturn:
+    """End the call as our fault: the log knows the rest under ``request_id``."""
+    message = f"internal error; the server's log has it as request {request_id}"
+    reason = reason_name(Reason.REASON_INTERNAL)
+    await _abort(context, grpc.StatusCode.INTERNAL, message, reason, {"request_id": request_id}, [])
+
+
+async def _abort(
+    context: grpc.aio.ServicerContext[Any, Any],
+    code: grpc.StatusCode,
+    message: str,
+    reason: str,
+    facts: dict[str, str],
+    details: list[Any],
+) -> NoReturn:
+    info = error_details_pb2.ErrorInfo(
+        reason=reason,
+        domain=DOMAIN,
+        metadata={name: fact[:_FACT_CHARS_MAX] for name, fact in facts.items() if fact},
+    )
+    rich = status_pb2.Status(code=code.value[0], message=message[: 2 * _FACT_CHARS_MAX])  # type: ignore[index]
+    for detail in (info, *details):
+        packed = AnyMessage()
+        packed.Pack(detail)
+        rich.details.append(packed)
+    status = rpc_status.to_status(rich)
+    await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+def _details(error: errors.OptserveError) -> list[Any]:
+    details: list[Any] = []
+    if isinstance(error, errors.CallerError) and error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field[:_FACT_CHARS_MAX], description=error.message[:_FACT_CHARS_MAX]
+        )
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, errors.LimitError):
+        quota = error_details_pb2.QuotaFailure.Violation(
+            subject=error.field or "server", description=error.message[:_FACT_CHARS_MAX]
+        )
+        details.append(error_details_pb2.QuotaFailure(violations=[quota]))
+    if error.retry_after_s is not None:
+        details.append(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after_s)))
+    return details
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration

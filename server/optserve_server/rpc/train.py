@@ -1,0 +1,212 @@
+"""Train and Step: one worker's steps, on a stream or one in a message; both take the same way to a commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+
+from optserve.limits import MESSAGE_HEADROOM_BYTES
+from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.tensor_pb2 import TensorChunks
+from optserve_server.core.actor import SessionActor
+from optserve_server.core.errors import (
+    EventOutOfOrderError,
+    LimitExceededError,
+    OptserveError,
+    SessionDeletedError,
+    StalledError,
+)
+from optserve_server.core.events import Direction, Phase
+from optserve_server.core.registry import SessionRegistry
+from optserve_server.core.round import Contribution
+from optserve_server.core.tensors import TensorSpec, byte_view
+from optserve_server.rpc import decode, encode, status, transfer
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Requests = AsyncIterator[pb.TrainRequest]
+
+_ENDS_STREAM = (
+    EventOutOfOrderError,
+    SessionDeletedError,
+    StalledError,
+)  # Every other refusal is of one step.
+
+
+async def train(requests: _Requests, context: _Context, registry: SessionRegistry) -> None:
+    """Serve one worker's stream until the client half-closes.
+
+    Raises:
+        OptserveError: The stream cannot be opened, or cannot go on.
+    """
+    first = await transfer.first(requests, "open", registry.limits)
+    if first.WhichOneof("event") != "open":
+        raise EventOutOfOrderError("a stream begins with `open`", field="event", expected="open")
+    actor = registry.find(first.open.session_id)
+    with actor.attach(first.open.worker):
+        opened = pb.TrainOpened(status=encode.session_status(actor))
+        await context.write(pb.TrainResponse(opened=opened))
+        await _WorkerStream(requests, context, actor, first.open.worker, registry).run()
+
+
+async def step(request: pb.StepRequest, registry: SessionRegistry) -> pb.StepResponse:
+    """Take a step that came in one message.
+
+    Raises:
+        OptserveError: It cannot be taken. Nothing was changed.
+    """
+    limits, observer = registry.limits, registry.surroundings.observer
+    registry.check_accepting()
+    actor = registry.find(request.session_id)
+    _check_answer_fits(actor, limits.message_bytes_max)
+    specs = decode.tensor_specs([each.header for each in request.gradients], limits, "gradients")
+    with actor.attach(request.worker):
+        started = time.perf_counter()
+        contribution = actor.begin(request.worker, request.step, specs)
+        count = _fill(contribution, request, specs)
+        observer.phase_ended(Phase.RECEIVE, time.perf_counter() - started)
+        observer.bytes_moved(Direction.RECEIVED, count)
+        outcome, replayed = await actor.commit(contribution)
+        started = time.perf_counter()
+        async with actor.reading() as parameters:
+            named = zip(actor.session.spec.parameters, parameters, strict=True)
+            response = pb.StepResponse(
+                result=encode.step_result(outcome, replayed=replayed),
+                parameters=[encode.tensor(spec.name, parameter) for spec, parameter in named],
+            )
+        observer.phase_ended(Phase.SEND, time.perf_counter() - started)
+        observer.bytes_moved(Direction.SENT, sum(len(each.data) for each in response.parameters))
+        return response
+
+
+class _WorkerStream:
+    """The events of one worker, in their order: begin, chunks, end; and again."""
+
+    def __init__(
+        self,
+        requests: _Requests,
+        context: _Context,
+        actor: SessionActor,
+        worker: int,
+        registry: SessionRegistry,
+    ) -> None:
+        self._requests = requests
+        self._context = context
+        self._actor = actor
+        self._worker = worker
+        self._registry = registry
+        self._limits = registry.limits
+        self._observer = registry.surroundings.observer
+        self._headers = [encode.tensor_header(spec) for spec in actor.session.spec.parameters]
+        self._contribution: Contribution | None = None
+        self._receiver: transfer.Receiver | None = None
+        self._refused = False
+        self._step = 0
+        self._started = 0.0
+        self._received_bytes = 0
+
+    async def run(self) -> None:
+        """Serve until the client half-closes.
+
+        Raises:
+            OptserveError: The stream cannot go on.
+        """
+        while (request := await self._next()) is not None:
+            try:
+                await self._take(request)
+            except _ENDS_STREAM:
+                raise
+            except OptserveError as error:
+                await self._refuse(error)
+
+    async def _next(self) -> pb.TrainRequest | None:
+        """Return the next event; None at the half-close. Between two steps the stream may rest for ever."""
+        if self._contribution is None:
+            return await anext(self._requests, None)
+        return await transfer.next_or_none(self._requests, self._limits)
+
+    async def _take(self, request: pb.TrainRequest) -> None:
+        event = request.WhichOneof("event")
+        if event == "begin":
+            self._begin(request.begin)
+        elif event == "chunks" and self._contribution:
+            if self._receiver:
+                self._received_bytes += self._receiver.add(request.chunks)
+        elif event == "end" and self._contribution:
+            await self._end(self._contribution)
+        elif event in ("chunks", "end") and self._refused:
+            pass  # Sent before the client knew.
+        else:
+            expected = "chunks or end" if self._contribution else "begin"
+            raise EventOutOfOrderError(
+                f"{event or 'nothing'!r} cannot come here",
+                field="event",
+                expected=expected,
+                actual=event or "",
+            )
+
+    def _begin(self, begin: pb.StepBegin) -> None:
+        self._contribution, self._step, self._refused = None, begin.step, False
+        self._registry.check_accepting()
+        specs = decode.tensor_specs(begin.gradients, self._limits, "gradients")
+        self._contribution = self._actor.begin(self._worker, begin.step, specs)
+        settled = self._contribution.settled is not None
+        self._receiver = (
+            None
+            if settled
+            else transfer.Receiver(self._contribution.targets, "gradients", self._limits)
+        )
+        self._started, self._received_bytes = time.perf_counter(), 0
+
+    async def _end(self, contribution: Contribution) -> None:
+        if self._receiver:
+            self._receiver.finish()
+        self._contribution = None
+        self._observer.phase_ended(Phase.RECEIVE, time.perf_counter() - self._started)
+        self._observer.bytes_moved(Direction.RECEIVED, self._received_bytes)
+        outcome, replayed = await self._actor.commit(contribution)
+        started = time.perf_counter()
+        async with self._actor.reading() as parameters:
+            result = encode.step_result(outcome, replayed=replayed)
+            result.parameters.extend(self._headers)
+            await transfer.in_time(
+                self._context.write(pb.TrainResponse(result=result)), self._limits
+            )
+            count = await transfer.send(parameters, self._write_chunks, self._limits)
+            await transfer.in_time(
+                self._context.write(pb.TrainResponse(end=pb.StepEnd())), self._limits
+            )
+        self._observer.phase_ended(Phase.SEND, time.perf_counter() - started)
+        self._observer.bytes_moved(Direction.SENT, count)
+
+    async def _write_chunks(self, chunks: TensorChunks) -> None:
+        await self._context.write(pb.TrainResponse(chunks=chunks))
+
+    async def _refuse(self, error: OptserveError) -> None:
+        self._contribution, self._refused = None, True
+        self._observer.refused(status.reason_of(error))
+        refused = pb.StepRefused(step=self._step, refusal=status.refusal(error))
+        await transfer.in_time(self._context.write(pb.TrainResponse(refused=refused)), self._limits)
+
+
+def _check_answer_fits(actor: SessionActor, message_bytes_max: int) -> None:
+    count = sum(spec.byte_count for spec in actor.session.spec.parameters)
+    if count > message_bytes_max - MESSAGE_HEADROOM_BYTES:
+        raise LimitExceededError(
+            f"the answer would hold {count} bytes of parameters; use Train",
+            field="parameters",
+            expected=f"at most {message_bytes_max - MESSAGE_HEADROOM_BYTES} bytes",
+            actual=f"{count} bytes",
+        )
+
+
+def _fill(contribution: Contribution, request: pb.StepRequest, specs: Sequence[TensorSpec]) -> int:
+    """Copy the message's gradients to where the contribution wants them; return how many bytes they are."""
+    for i, (spec, gradient) in enumerate(zip(specs, request.gradients, strict=True)):
+        data = gradient.data
+        decode.check_byte_count(spec, len(data), f"gradients[{i}].data")
+        if contribution.settled is None:
+            byte_view(contribution.targets[i])[:] = data
+    return sum(spec.byte_count for spec in specs)
