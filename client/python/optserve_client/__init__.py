@@ -1,0 +1,128 @@
+"""The Python client of optserve, an optimizer as a service.
+
+A server keeps the parameters, the optimizer's state and the schedule; a client sends gradients and
+receives parameters.
+NumPy arrays go in and come out, torch is not needed::
+
+    import optserve_client as optserve
+
+    with optserve.connect("localhost:50051") as client:
+        with client.create_session({"w": w}, optimizer=optserve.optim.Adam(lr=1e-3)) as session:
+            session.step({"w": gradient_at(session.parameters["w"])})
+
+``optserve_client.aio`` has the same for asyncio, ``optserve_client.torch`` an optimizer for a torch
+training loop.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from optserve_client import lr_scheduler, nn, optim
+from optserve_client._spec import (
+    ParameterGroup,
+    Placeholder,
+    ScheduleUnit,
+    SessionOptions,
+    UpdateOptions,
+    Via,
+)
+from optserve_client.client import Client, connect
+from optserve_client.config import ClientConfig
+from optserve_client.errors import (
+    ClosedError,
+    DataTypeMismatchError,
+    DeadlineError,
+    EpochEmptyError,
+    EpochOutOfOrderError,
+    InternalError,
+    InvalidExpressionError,
+    InvalidFieldError,
+    InvalidHyperparameterError,
+    InvalidNameError,
+    LimitError,
+    LossNotSetError,
+    NoGradientError,
+    NonFiniteGradientError,
+    OptserveError,
+    ParametersNotSetError,
+    ProtocolError,
+    RequestError,
+    RoundTimeoutError,
+    ScheduleFailedError,
+    ServiceError,
+    SessionDeletedError,
+    SessionError,
+    SessionFailedError,
+    SessionNotFoundError,
+    ShapeMismatchError,
+    StepOutOfOrderError,
+    TargetOutOfRangeError,
+    UnavailableError,
+    UnknownNameError,
+    WorkerBusyError,
+)
+from optserve_client.progress import ProgressCallback, TransferProgress
+from optserve_client.results import LossHistory, LossPoint, LossResult, Split, StepResult
+from optserve_client.session import Session
+from optserve_client.tensors import BF16, from_bfloat16, tensor, to_bfloat16
+
+__version__ = version("optserve-client")
+
+__all__ = [
+    "BF16",
+    "Client",
+    "ClientConfig",
+    "ClosedError",
+    "DataTypeMismatchError",
+    "DeadlineError",
+    "EpochEmptyError",
+    "EpochOutOfOrderError",
+    "InternalError",
+    "InvalidExpressionError",
+    "InvalidFieldError",
+    "InvalidHyperparameterError",
+    "InvalidNameError",
+    "LimitError",
+    "LossHistory",
+    "LossNotSetError",
+    "LossPoint",
+    "LossResult",
+    "NoGradientError",
+    "NonFiniteGradientError",
+    "OptserveError",
+    "ParameterGroup",
+    "ParametersNotSetError",
+    "Placeholder",
+    "ProgressCallback",
+    "ProtocolError",
+    "RequestError",
+    "RoundTimeoutError",
+    "ScheduleFailedError",
+    "ScheduleUnit",
+    "ServiceError",
+    "Session",
+    "SessionDeletedError",
+    "SessionError",
+    "SessionFailedError",
+    "SessionNotFoundError",
+    "SessionOptions",
+    "ShapeMismatchError",
+    "Split",
+    "StepOutOfOrderError",
+    "StepResult",
+    "TargetOutOfRangeError",
+    "TransferProgress",
+    "UnavailableError",
+    "UnknownNameError",
+    "UpdateOptions",
+    "Via",
+    "WorkerBusyError",
+    "connect",
+    "from_bfloat16",
+    "lr_scheduler",
+    "nn",
+    "optim",
+    "tensor",
+    "to_bfloat16",
+]

@@ -1,0 +1,164 @@
+"""The driver of the asyncio face: performs operations with grpc.aio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from typing import TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from optserve.v1.optimizer_service_pb2 import TrainRequest
+from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceAsyncStub
+from optserve_client._channel import CLOSE_TIMEOUT_S
+from optserve_client._effects import Ask, Collect, Effect, Operation, Train
+from optserve_client._exchange import TrainExchange
+from optserve_client._refusals import CallSite, deadline_error, from_grpc
+from optserve_client.errors import ClosedError, ProtocolError
+
+_Result = TypeVar("_Result")
+_Outbox: TypeAlias = asyncio.Queue[Iterator[TrainRequest] | None]
+
+
+class AsyncDriver:
+    """Performs operations, and owns the one long-lived stream of a worker."""
+
+    def __init__(self, stub: OptimizerServiceAsyncStub, target: str) -> None:
+        self._stub = stub
+        self._target = target
+        self._stream: _TrainStream | None = None
+        self._closed = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether it performs nothing any more."""
+        return self._closed
+
+    async def run(self, operation: Operation[_Result]) -> _Result:
+        """Perform an operation to its end, and return its result.
+
+        Raises:
+            OptserveError: It did not succeed.
+        """
+        if self._closed:
+            raise ClosedError("this client or session has been closed")
+        try:
+            effect = next(operation)
+            while True:
+                try:
+                    answer = await self._perform(effect)
+                except BaseException as error:  # noqa: BLE001  (An operation cleans up after cancellation, too.)
+                    effect = operation.throw(error)
+                else:
+                    effect = operation.send(answer)
+        except StopIteration as stop:
+            result: _Result = stop.value
+            return result
+
+    async def end_stream(self) -> None:
+        """Half-close the worker's stream, and wait a little for the server to end it."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            await stream.end()
+
+    async def close(self) -> None:
+        """End the stream, and perform nothing any more. May be called again."""
+        self._closed = True
+        await self.end_stream()
+
+    async def _perform(self, effect: Effect) -> Message | None:
+        try:
+            if isinstance(effect, Train):
+                await self._train(effect)
+                return None
+            return await self._call(effect)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if self._closed and task is not None and not task.cancelling():
+                # Not the task was cancelled, but the call under it, when another task closed us.
+                raise ClosedError("this client or session was closed during the call") from error
+            raise
+
+    async def _call(self, effect: Ask | Collect) -> Message | None:
+        call = getattr(self._stub, effect.rpc)(effect.request, timeout=effect.timeout_s)
+        try:
+            if isinstance(effect, Collect):
+                async for response in call:
+                    effect.receive(response)
+                return None
+            answer: Message = await call
+        except grpc.RpcError as error:
+            site = CallSite(rpc=effect.rpc, target=self._target, timeout_s=effect.timeout_s)
+            raise from_grpc(error, site) from error
+        except BaseException:
+            call.cancel()
+            raise
+        return answer
+
+    async def _train(self, effect: Train) -> None:
+        try:
+            if self._stream is None or not self._stream.is_active():
+                self._stream = _TrainStream(self._stub, self._target)
+                await self._stream.converse(effect.opening, effect.timeout_s)
+            if effect.exchange is not None:
+                await self._stream.converse(effect.exchange, effect.timeout_s)
+        except BaseException:
+            # Nobody knows what is still under way on it; the next step opens another one.
+            stream, self._stream = self._stream, None
+            if stream is not None:
+                stream.close()
+            raise
+
+
+class _TrainStream:
+    """The stream of one worker's steps.
+
+    grpc takes the requests in a task of its own, one at a time as the network has room, while the
+    caller's task takes the responses: both directions flow at once.
+    """
+
+    def __init__(self, stub: OptimizerServiceAsyncStub, target: str) -> None:
+        self._target = target
+        self._outbox: _Outbox = asyncio.Queue()
+        self._call = stub.Train(_drain(self._outbox))
+
+    def is_active(self) -> bool:
+        """Whether neither side has ended the stream, as far as is known here."""
+        return not self._call.done()
+
+    async def converse(self, exchange: TrainExchange, timeout_s: float) -> None:
+        """Send what the exchange says, and hand it what comes, until it is over."""
+        site = CallSite(rpc="Train", target=self._target, timeout_s=timeout_s)
+        self._outbox.put_nowait(exchange.requests())
+        try:
+            async with asyncio.timeout(timeout_s):
+                async for response in self._call:
+                    if exchange.receive(response):
+                        return
+        except TimeoutError as error:
+            raise deadline_error(site) from error
+        except grpc.RpcError as error:
+            raise from_grpc(error, site) from error
+        raise ProtocolError("the server ended the stream in the middle of a conversation")
+
+    async def end(self) -> None:
+        """Half-close, and wait until the server has ended the stream."""
+        self._outbox.put_nowait(None)
+        try:
+            with suppress(grpc.RpcError, TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await self._call.code()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Cancel the stream, if it has not ended."""
+        self._call.cancel()
+
+
+async def _drain(outbox: _Outbox) -> AsyncIterator[TrainRequest]:
+    while (requests := await outbox.get()) is not None:
+        for request in requests:
+            yield request

@@ -1,0 +1,115 @@
+"""The operations on a session's loss and its history, without I/O: what both faces share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from numpy.typing import ArrayLike
+
+from optserve.limits import CHUNK_BYTES_MAX
+from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.session_pb2 import Split as SplitMessage
+from optserve_client._effects import Collect, Operation, ask
+from optserve_client._exchange import LossEvaluation, check_loss_tensor
+from optserve_client._session_operations import SessionOperations
+from optserve_client._spec import Via
+from optserve_client.results import (
+    SPLITS,
+    LossHistory,
+    LossPoint,
+    LossResult,
+    Split,
+    loss_point,
+    loss_result,
+)
+from optserve_client.tensors import Array, encode, from_tensor, messages
+
+# What is larger goes by stream: a long message holds up the server's other clients.
+INLINE_BYTES_MAX = CHUNK_BYTES_MAX
+
+
+def evaluate_loss(
+    session: SessionOperations,
+    predictions: ArrayLike,
+    targets: ArrayLike,
+    *,
+    split: Split | None,
+    gradient: bool | None,
+    via: Via | None,
+) -> Operation[LossResult]:
+    """Evaluate the session's loss; if ``via`` is None, small tensors travel in one message."""
+    prediction_header, prediction_bytes = encode("", predictions, path="predictions")
+    target_header, target_bytes = encode("", targets, path="targets")
+    begin = pb.LossBegin(
+        session_id=session.session_id,
+        split=_split_message(split),
+        gradient=gradient,
+        predictions=prediction_header,
+        targets=target_header,
+    )
+    if via is None:
+        small = len(prediction_bytes) + len(target_bytes) <= INLINE_BYTES_MAX
+        via = "unary" if small else "stream"
+    evaluate = _evaluate_unary if via == "unary" else _evaluate_stream
+    return (yield from evaluate(session, begin, (prediction_bytes, target_bytes)))
+
+
+def loss_points(
+    session: SessionOperations, split: Split | None, page_size: int
+) -> Operation[LossHistory]:
+    """Read all that the session keeps, page by page; a page size of 0 is the server's."""
+    points: list[LossPoint] = []
+    request = pb.ListLossPointsRequest(
+        session_id=session.session_id, split=_split_message(split), page_size=page_size
+    )
+    timeout_s = session.terms.config.timeout_s
+    while True:
+        page = yield from ask("ListLossPoints", request, pb.ListLossPointsResponse, timeout_s)
+        points.extend(loss_point(point) for point in page.points)
+        if not page.next_page_token:
+            return LossHistory(points, forgotten=page.forgotten)
+        request.page_token = page.next_page_token
+
+
+def _evaluate_unary(
+    session: SessionOperations, begin: pb.LossBegin, tensors: Sequence[memoryview]
+) -> Operation[LossResult]:
+    predictions, targets = messages((begin.predictions, begin.targets), tensors)
+    request = pb.EvaluateLossRequest(
+        session_id=begin.session_id,
+        split=begin.split,
+        gradient=begin.gradient if begin.HasField("gradient") else None,
+        predictions=predictions,
+        targets=targets,
+    )
+    timeout_s = session.terms.config.timeout_s
+    response = yield from ask("EvaluateLoss", request, pb.EvaluateLossResponse, timeout_s)
+    arrays: dict[str, Array] = {}
+    for name, tensor in (("gradient", response.gradient), ("elements", response.elements)):
+        if tensor.HasField("header"):
+            check_loss_tensor(name, tensor.header, begin.predictions)
+            arrays[name] = from_tensor(tensor)
+    return loss_result(response.result, arrays)
+
+
+def _evaluate_stream(
+    session: SessionOperations, begin: pb.LossBegin, tensors: Sequence[memoryview]
+) -> Operation[LossResult]:
+    evaluation = LossEvaluation(begin, tensors, chunk_bytes=session.terms.chunk_bytes)
+    yield Collect(
+        rpc="EvaluateLossStream",
+        request=evaluation.requests(),
+        receive=evaluation.receive,
+        timeout_s=session.terms.config.transfer_timeout_s,
+    )
+    arrays = evaluation.finish()
+    assert evaluation.result is not None
+    return loss_result(evaluation.result, arrays)
+
+
+def _split_message(split: Split | None) -> SplitMessage.ValueType:
+    if split is None:
+        return SplitMessage.SPLIT_UNSPECIFIED
+    if split not in SPLITS:
+        raise ValueError(f"split must be 'train', 'validation' or None, not {split!r}")
+    return SPLITS[split]

@@ -1,0 +1,259 @@
+"""The operations of one session, without I/O: what both faces share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeAlias, Unpack
+
+from numpy.typing import ArrayLike
+
+from optserve.limits import MESSAGE_BYTES_MAX, MESSAGE_HEADROOM_BYTES
+from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.session_pb2 import Session, SessionStatus
+from optserve.v1.tensor_pb2 import TensorHeader
+from optserve.wire import byte_count
+from optserve_client import _exchange as exchanges
+from optserve_client._effects import Collect, Operation, Train, ask
+from optserve_client._refusals import from_refusal
+from optserve_client._spec import UpdateOptions, Via, update_request
+from optserve_client.config import ClientConfig
+from optserve_client.errors import (
+    DeadlineError,
+    LimitError,
+    ParametersNotSetError,
+    UnknownNameError,
+)
+from optserve_client.progress import TransferReporter
+from optserve_client.results import StepResult, step_result
+from optserve_client.tensors import Array, allocate, bytes_of, encode_as, from_tensor, messages
+
+Gradients: TypeAlias = Mapping[str, ArrayLike | None]
+"""By parameter. None, or nothing, is no gradient, which is not a gradient of zeros."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """On which terms a client and its server have met."""
+
+    config: ClientConfig
+    chunk_bytes: int
+    """Most tensor bytes in one message: what both allow."""
+    reporter: TransferReporter
+
+
+class SessionOperations:
+    """One session as one of its workers knows it, and what that worker can do.
+
+    What the worker knows changes only when an operation has succeeded.
+    """
+
+    def __init__(self, session: Session, *, terms: Terms, worker: int, via: Via) -> None:
+        """Take part in ``session`` as ``worker``, whose steps travel ``via`` it."""
+        self.session_id = session.status.session_id
+        self.spec = session.spec
+        self.worker = worker
+        self.steps = session.status.steps
+        self.epochs = session.status.epochs
+        self.terms = terms
+        self._via = via
+        self._headers = {header.name: header for header in session.spec.parameters}
+        self._parameters: dict[str, Array] = {}
+
+    @property
+    def parameters(self) -> Mapping[str, Array]:
+        """The newest values, read-only, in the session's order.
+
+        Raises:
+            ParametersNotSetError: This client does not know all of them.
+        """
+        if len(self._parameters) < len(self._headers):
+            raise ParametersNotSetError.local(
+                "the values of the parameters are not known here: download() or upload() them first"
+            )
+        return MappingProxyType(self._parameters)
+
+    def keep(self, headers: Sequence[TensorHeader], tensors: Sequence[memoryview]) -> None:
+        """Remember copies of values that the server has now."""
+        known = dict(self._parameters)
+        for header, data, array in zip(headers, tensors, allocate(headers), strict=True):
+            bytes_of(array)[:] = data  # copy: the caller's tensor to ours.
+            array.flags.writeable = False
+            known[header.name] = array
+        self._parameters = {name: known[name] for name in self._headers if name in known}
+
+    def upload(self, values: Mapping[str, ArrayLike]) -> Operation[SessionStatus]:
+        """Set the values of some or all parameters: all of these, or none."""
+        headers = [self._header_of(name, "parameters", at) for at, name in enumerate(values)]
+        tensors = [
+            encode_as(header, values[header.name], role="value", path=f"parameters[{at}]")
+            for at, header in enumerate(headers)
+        ]
+        begin = pb.UploadBegin(session_id=self.session_id, parameters=headers)
+        timeout_s = self.terms.config.transfer_timeout_s
+        with self.terms.reporter.transfer("upload", _total_bytes(headers)) as advance:
+            requests = exchanges.upload_requests(
+                begin, tensors, chunk_bytes=self.terms.chunk_bytes, advance=advance
+            )
+            response = yield from ask(
+                "UploadParameters", requests, pb.UploadParametersResponse, timeout_s
+            )
+        self.keep(headers, tensors)
+        return response.status
+
+    def download(self, names: Sequence[str] | None = None) -> Operation[Mapping[str, Array]]:
+        """Fetch values as they are between two steps; all of them become what is known here."""
+        wanted = list(self._headers) if names is None else names
+        headers = [self._header_of(name, "names", at) for at, name in enumerate(wanted)]
+        if not headers:  # On the wire, no names would mean all of them.
+            return MappingProxyType({})
+        with self.terms.reporter.transfer("download", _total_bytes(headers)) as advance:
+            download = exchanges.Download(headers, advance)
+            yield Collect(
+                rpc="DownloadParameters",
+                request=pb.DownloadParametersRequest(session_id=self.session_id, names=names or ()),
+                receive=download.receive,
+                timeout_s=self.terms.config.transfer_timeout_s,
+            )
+        values = dict(zip(wanted, download.finish(), strict=True))
+        if names is None:
+            self._parameters, self.steps = values, download.steps
+        return MappingProxyType(values)
+
+    def open(self) -> Operation[SessionStatus]:
+        """Open the worker's stream, if it is not open, and learn where the session stands."""
+        opening = exchanges.Opening(self.session_id, self.worker)
+        yield Train(opening=opening, exchange=None, timeout_s=self.terms.config.timeout_s)
+        return opening.status or (yield from self.status())
+
+    def step(
+        self, gradients: Gradients, *, step: int | None, via: Via | None
+    ) -> Operation[StepResult]:
+        """Take a step with these gradients.
+
+        Unless it is given, its number is the one after the last step that was answered: taken again
+        after an error, the step is the same one, and the server applies it once.
+        """
+        for at, name in enumerate(gradients):
+            self._header_of(name, "gradients", at)
+        present = [
+            (header, gradient)
+            for name, header in self._headers.items()
+            if (gradient := gradients.get(name)) is not None
+        ]
+        tensors = [
+            encode_as(header, gradient, role="gradient", path=f"gradients[{at}]")
+            for at, (header, gradient) in enumerate(present)
+        ]
+        number = self.steps + 1 if step is None else step
+        begin = pb.StepBegin(step=number, gradients=[header for header, _ in present])
+        take = self._step_unary if (via or self._via) == "unary" else self._step_stream
+        try:
+            result, arrays = yield from take(begin, tensors)
+        except DeadlineError as error:
+            raise DeadlineError(
+                f"step {number} did not end within {self.terms.config.step_timeout_s:g} s;"
+                " whether it was applied is unknown until asked: see status().steps,"
+                " or take the same step again, which applies it once",
+                code=error.code,
+            ) from error
+        self._parameters = dict(zip(self._headers, arrays, strict=True))
+        self.steps, self.epochs = result.step, result.epochs
+        return step_result(result)
+
+    def end_epoch(self, epoch: int | None) -> Operation[SessionStatus]:
+        """End an epoch: the next one that is known here, if no number is given."""
+        number = self.epochs + 1 if epoch is None else epoch
+        request = pb.EndEpochRequest(session_id=self.session_id, epoch=number)
+        response = yield from ask(
+            "EndEpoch", request, pb.EndEpochResponse, self.terms.config.timeout_s
+        )
+        self.epochs = response.status.epochs
+        return response.status
+
+    def status(self) -> Operation[SessionStatus]:
+        """Ask where the session stands; what is known here stays as it is."""
+        request = pb.GetSessionRequest(session_id=self.session_id)
+        timeout_s = self.terms.config.timeout_s
+        response = yield from ask("GetSession", request, pb.GetSessionResponse, timeout_s)
+        return response.session.status
+
+    def update(self, **options: Unpack[UpdateOptions]) -> Operation[Session]:
+        """Change the running session."""
+        request = update_request(self.session_id, **options)
+        timeout_s = self.terms.config.timeout_s
+        response = yield from ask("UpdateSession", request, pb.UpdateSessionResponse, timeout_s)
+        self.spec = response.session.spec
+        return response.session
+
+    def delete(self) -> Operation[SessionStatus]:
+        """Make the server forget the session."""
+        request = pb.DeleteSessionRequest(session_id=self.session_id)
+        timeout_s = self.terms.config.timeout_s
+        response = yield from ask("DeleteSession", request, pb.DeleteSessionResponse, timeout_s)
+        return response.status
+
+    def _step_stream(
+        self, begin: pb.StepBegin, tensors: Sequence[memoryview]
+    ) -> Operation[tuple[pb.StepResult, list[Array]]]:
+        step = exchanges.Step(
+            begin, tensors, list(self._headers.values()), chunk_bytes=self.terms.chunk_bytes
+        )
+        yield Train(
+            opening=exchanges.Opening(self.session_id, self.worker),
+            exchange=step,
+            timeout_s=self.terms.config.step_timeout_s,
+        )
+        if step.refusal is not None:
+            raise from_refusal(step.refusal)
+        assert step.result is not None
+        assert step.parameters is not None
+        return step.result, step.parameters
+
+    def _step_unary(
+        self, begin: pb.StepBegin, tensors: Sequence[memoryview]
+    ) -> Operation[tuple[pb.StepResult, list[Array]]]:
+        expected = list(self._headers.values())
+        check_unary_fits(expected)
+        request = pb.StepRequest(
+            session_id=self.session_id,
+            worker=self.worker,
+            step=begin.step,
+            gradients=messages(begin.gradients, tensors),
+        )
+        timeout_s = self.terms.config.step_timeout_s
+        response = yield from ask("Step", request, pb.StepResponse, timeout_s)
+        exchanges.check_announced([tensor.header for tensor in response.parameters], expected)
+        return response.result, [from_tensor(tensor) for tensor in response.parameters]
+
+    def _header_of(self, name: str, field: str, at: int) -> TensorHeader:
+        if name not in self._headers:
+            known = ", ".join(f"'{known}'" for known in list(self._headers)[:20])
+            raise UnknownNameError.local(
+                f"'{name}' is no parameter of this session, which has {known}",
+                field=f"{field}[{at}]" if field == "names" else f"{field}[{at}].name",
+                expected=known,
+                actual=name,
+            )
+        return self._headers[name]
+
+
+def check_unary_fits(headers: Iterable[TensorHeader]) -> None:
+    """Check that all parameters fit into the answer of a unary step.
+
+    Raises:
+        LimitError: They do not.
+    """
+    total, allowed = _total_bytes(headers), MESSAGE_BYTES_MAX - MESSAGE_HEADROOM_BYTES
+    if total > allowed:
+        raise LimitError.local(
+            f"a unary step carries all parameters in one message; they have {total} bytes,"
+            f" and {allowed} fit: take steps via the stream",
+            expected=f"at most {allowed} bytes",
+            actual=f"{total} bytes",
+        )
+
+
+def _total_bytes(headers: Iterable[TensorHeader]) -> int:
+    return sum(byte_count(header) for header in headers)

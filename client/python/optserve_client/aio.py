@@ -1,0 +1,272 @@
+"""The asyncio face: ``optserve_client`` with the same names, arguments, results and errors.
+
+::
+
+    async with aio.connect("localhost:50051") as client:
+        async with client.create_session({"w": w}, optimizer=optim.Adam(lr=1e-3)) as session:
+            await session.step({"w": gradient_at(session.parameters["w"])})
+
+``connect``, ``create_session`` and ``join_session`` may be awaited, too, instead of entered.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import AsyncIterator, Coroutine, Generator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, Unpack
+
+import grpc
+from numpy.typing import ArrayLike
+
+from optserve.v1.optimizer_service_pb2 import GetCatalogueResponse, GetServerInfoResponse
+from optserve.v1.optimizer_service_pb2_grpc import (
+    OptimizerServiceAsyncStub,
+    OptimizerServiceStub,
+)
+from optserve.v1.session_pb2 import Session as SessionMessage
+from optserve.v1.session_pb2 import SessionStatus
+from optserve_client._asyncio import AsyncDriver
+from optserve_client._channel import CHANNEL_OPTIONS
+from optserve_client._client_operations import ClientOperations, InitialValues, meet
+from optserve_client._effects import Operation
+from optserve_client._loss_operations import evaluate_loss, loss_points
+from optserve_client._session_operations import Gradients, SessionOperations
+from optserve_client._session_view import SessionView
+from optserve_client._spec import SessionOptions, UpdateOptions, Via
+from optserve_client.config import ClientConfig
+from optserve_client.errors import OptserveError
+from optserve_client.progress import ProgressCallback, TransferReporter
+from optserve_client.results import LossHistory, LossResult, Split, StepResult
+from optserve_client.tensors import Array
+
+__all__ = ["Client", "Session", "connect"]
+
+_Opened = TypeVar("_Opened", bound="AbstractAsyncContextManager[Any]")
+
+
+class _Opening(Generic[_Opened]):
+    """What will be a client or a session once it is awaited or entered."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, _Opened]) -> None:
+        self._coroutine = coroutine
+        self._opened: _Opened | None = None
+
+    def __await__(self) -> Generator[Any, Any, _Opened]:
+        return self._coroutine.__await__()
+
+    async def __aenter__(self) -> _Opened:
+        self._opened = await self._coroutine
+        return self._opened
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._opened is not None
+        await self._opened.__aexit__(kind, error, traceback)
+
+
+def connect(
+    target: str,
+    *,
+    config: ClientConfig | None = None,
+    progress: bool | ProgressCallback = True,
+) -> _Opening[Client]:
+    """Connect to a server, as ``optserve_client.connect``."""
+    return _Opening(_connect(target, config or ClientConfig(), TransferReporter(progress)))
+
+
+async def _connect(target: str, config: ClientConfig, reporter: TransferReporter) -> Client:
+    channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    stub = OptimizerServiceStub(channel)
+    try:
+        terms = await AsyncDriver(stub, target).run(meet(target, config, reporter))
+    except BaseException:
+        await channel.close()
+        raise
+    return Client(target, channel, stub, ClientOperations(terms))
+
+
+class Client:
+    """A connection to a server, for one event loop. Made by ``connect``."""
+
+    def __init__(
+        self,
+        target: str,
+        channel: grpc.aio.Channel,
+        stub: OptimizerServiceAsyncStub,
+        operations: ClientOperations,
+    ) -> None:
+        """Call through ``stub``, on ``channel``, which is closed with the client."""
+        self._target = target
+        self._channel = channel
+        self._stub = stub
+        self._driver = AsyncDriver(stub, target)
+        self._operations = operations
+        self._session_drivers: weakref.WeakSet[AsyncDriver] = weakref.WeakSet()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<Client of {self._target}{', closed' if self._driver.closed else ''}>"
+
+    def create_session(
+        self, parameters: InitialValues, **options: Unpack[SessionOptions]
+    ) -> _Opening[Session]:
+        """Create a session, and take part in it, as ``optserve_client.Client.create_session``."""
+        operation = self._operations.create_session(parameters, **options)
+        return _Opening(self._open_session(operation, created=True))
+
+    def join_session(
+        self, session_id: str, *, worker: int = 0, via: Via = "stream", download: bool = True
+    ) -> _Opening[Session]:
+        """Take part in a session that exists, as ``optserve_client.Client.join_session``."""
+        operation = self._operations.join_session(
+            session_id, worker=worker, via=via, download=download
+        )
+        return _Opening(self._open_session(operation, created=False))
+
+    async def get_session(self, session_id: str) -> SessionMessage:
+        """Ask where a session stands, and what is in force for it."""
+        return await self._driver.run(self._operations.get_session(session_id))
+
+    async def list_sessions(self, *, page_size: int = 0) -> AsyncIterator[SessionStatus]:
+        """Iterate over all sessions, the oldest first, asking for pages on the way."""
+        token = ""
+        while True:
+            page = await self._driver.run(self._operations.session_page(page_size, token))
+            for status in page.sessions:
+                yield status
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def delete_session(self, session_id: str) -> SessionStatus:
+        """Make the server forget a session, and return where it stood."""
+        return await self._driver.run(self._operations.delete_session(session_id))
+
+    async def catalogue(self) -> GetCatalogueResponse:
+        """Ask for every optimizer, scheduler and loss, with their hyperparameters."""
+        return await self._driver.run(self._operations.catalogue())
+
+    async def server_info(self) -> GetServerInfoResponse:
+        """Ask for the server's version, device and limits."""
+        return await self._driver.run(self._operations.server_info())
+
+    async def close(self) -> None:
+        """End all streams, and disconnect; sessions live on. May be called again."""
+        for driver in [*self._session_drivers, self._driver]:
+            await driver.close()
+        await self._channel.close()
+
+    async def _open_session(
+        self, operation: Operation[SessionOperations], *, created: bool
+    ) -> Session:
+        operations = await self._driver.run(operation)
+        driver = AsyncDriver(self._stub, self._target)
+        self._session_drivers.add(driver)
+        return Session(operations, driver, created=created)
+
+
+class Session(SessionView):
+    """One session, as ``optserve_client.Session``; for one task at a time."""
+
+    def __init__(
+        self, operations: SessionOperations, driver: AsyncDriver, *, created: bool
+    ) -> None:
+        """Take part through ``operations``; if it was ``created`` here, its block deletes it."""
+        super().__init__(operations)
+        self._driver = driver
+        self._created = created
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._created or self._driver.closed:
+            await self.close()
+        elif kind is None:
+            await self.delete()
+        else:
+            with suppress(OptserveError):  # What went wrong first is what the caller has to see.
+                await self.delete()
+
+    async def open(self) -> SessionStatus:
+        """Open this worker's stream now, not with its first step."""
+        return await self._driver.run(self._operations.open())
+
+    async def step(
+        self, gradients: Gradients, *, step: int | None = None, via: Via | None = None
+    ) -> StepResult:
+        """Apply one optimizer step, as ``optserve_client.Session.step``."""
+        return await self._driver.run(self._operations.step(gradients, step=step, via=via))
+
+    async def end_epoch(self, *, epoch: int | None = None) -> SessionStatus:
+        """End an epoch, as ``optserve_client.Session.end_epoch``."""
+        return await self._driver.run(self._operations.end_epoch(epoch))
+
+    async def evaluate_loss(
+        self,
+        predictions: ArrayLike,
+        targets: ArrayLike,
+        *,
+        split: Split | None = None,
+        gradient: bool | None = None,
+        via: Via | None = None,
+    ) -> LossResult:
+        """Evaluate the session's loss, as ``optserve_client.Session.evaluate_loss``."""
+        return await self._driver.run(
+            evaluate_loss(
+                self._operations, predictions, targets, split=split, gradient=gradient, via=via
+            )
+        )
+
+    async def loss_points(self, split: Split | None = None, *, page_size: int = 0) -> LossHistory:
+        """Read all the evaluations that the session keeps, the oldest first."""
+        return await self._driver.run(loss_points(self._operations, split, page_size))
+
+    async def status(self) -> SessionStatus:
+        """Ask where the session stands."""
+        return await self._driver.run(self._operations.status())
+
+    async def update(self, **changes: Unpack[UpdateOptions]) -> SessionMessage:
+        """Change the running session, as ``optserve_client.Session.update``."""
+        return await self._driver.run(self._operations.update(**changes))
+
+    async def upload(self, values: Mapping[str, ArrayLike]) -> SessionStatus:
+        """Set values of parameters: all of these, or none."""
+        return await self._driver.run(self._operations.upload(values))
+
+    async def download(self, names: Sequence[str] | None = None) -> Mapping[str, Array]:
+        """Fetch values of parameters, as ``optserve_client.Session.download``."""
+        return await self._driver.run(self._operations.download(names))
+
+    async def delete(self) -> SessionStatus:
+        """Make the server forget the session, for everybody, and return where it stood."""
+        await self._driver.end_stream()
+        try:
+            return await self._driver.run(self._operations.delete())
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """End this worker's stream. The session lives on. May be called again."""
+        await self._driver.close()

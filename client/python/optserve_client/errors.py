@@ -1,0 +1,250 @@
+"""Everything that this package raises when a call does not succeed.
+
+::
+
+    OptserveError ├── RequestError                    the caller's mistake: the same again is
+    refused again │   ├── InvalidFieldError               a field is missing, or has a value that is
+    not allowed │   ├── InvalidNameError                a name is empty, too long, or stands twice │
+    ├── UnknownNameError                a name is no parameter, or no group, of the session │   ├──
+    InvalidHyperparameterError      a value is not allowed, or does not go with the others │   ├──
+    InvalidExpressionError          a schedule's expression is more than finite arithmetic │   ├──
+    ShapeMismatchError              a tensor has another shape than it must have │   ├──
+    DataTypeMismatchError           a tensor has another data type than it must have │   ├──
+    NonFiniteGradientError          a gradient holds a NaN or an infinity │   ├── NoGradientError
+    no worker brought a gradient to the step │   └── TargetOutOfRangeError           a target is no
+    class, or no probability, of the loss ├── SessionError                    the session's state:
+    ask for its status, and go on from there │   ├── SessionNotFoundError            there is no
+    such session │   ├── SessionDeletedError             it was deleted while the call was going on
+    │   ├── SessionFailedError              it can only be deleted │   ├── ParametersNotSetError
+    not every parameter has a value │   ├── LossNotSetError                 it has no loss to
+    evaluate │   ├── StepOutOfOrderError             the step is neither the next one nor the last
+    one │   ├── EpochOutOfOrderError            the epoch is neither the next one nor the last one │
+    ├── EpochEmptyError                 the epoch has no step │   ├── WorkerBusyError
+    another call is sending for this worker │   ├── RoundTimeoutError               the other
+    workers did not come: take the same step again │   └── ScheduleFailedError             the
+    schedule has no finite rate for the next count └── ServiceError                    the server,
+    or the way to it
+        ├── LimitError                      a limit: do what the message says
+        ├── UnavailableError                nothing answers, or it is about to stop
+        ├── DeadlineError                   no answer in time: what was asked may have been done
+        ├── ClosedError                     the client, or the session object, has been closed
+        ├── ProtocolError                   client and server do not understand each other
+        └── InternalError                   a fault of the server
+
+The class is chosen by the reason that the server gives, never by the text of a message.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from optserve.reasons import reason_name
+from optserve.v1.error_pb2 import Reason
+
+
+class OptserveError(Exception):
+    """A call did not succeed.
+
+    Attributes:
+        reason: Name of the contract's Reason, such as ``"SHAPE_MISMATCH"``; empty if none was
+            given.
+        field: What is at fault, as a path such as ``"gradients[2].shape"``; empty if no single
+            field is.
+        expected: What would have been right; empty if there is no short word for it.
+        actual: What came; empty if nothing did.
+        code: Name of the gRPC status code, such as ``"INVALID_ARGUMENT"``; empty if no call was
+            made.
+        retry_after_s: Seconds after which the same is worth trying again; None if that does not
+            help by itself.
+        request_id: What finds a fault in the server's log; empty if it is not one.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "",
+        field: str = "",
+        expected: str = "",
+        actual: str = "",
+        code: str = "",
+        retry_after_s: float | None = None,
+        request_id: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.field = field
+        self.expected = expected
+        self.actual = actual
+        self.code = code
+        self.retry_after_s = retry_after_s
+        self.request_id = request_id
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle with all attributes: errors cross process boundaries in worker pools."""
+        return type(self), self.args, self.__dict__
+
+    @classmethod
+    def local(cls, message: str, *, field: str = "", expected: str = "", actual: str = "") -> Self:
+        """Return the error that the server would answer with, found before anything was sent."""
+        reasons = [reason for reason, error in ERROR_BY_REASON.items() if error is cls]
+        reason = reason_name(reasons[0]) if len(reasons) == 1 else ""
+        return cls(message, reason=reason, field=field, expected=expected, actual=actual)
+
+
+class RequestError(OptserveError):
+    """The caller's mistake: sending it again is refused again."""
+
+
+class InvalidFieldError(RequestError):
+    """A field is missing, or has a value that is not allowed."""
+
+
+class InvalidNameError(RequestError):
+    """A name is empty, too long, holds control characters, or stands twice."""
+
+
+class UnknownNameError(RequestError):
+    """A name is no parameter, or no group, of the session."""
+
+
+class InvalidHyperparameterError(RequestError):
+    """A hyperparameter has a value that is not allowed, or that does not go with the others."""
+
+
+class InvalidExpressionError(RequestError):
+    """An expression reaches for more than arithmetic, is too long, or has no finite value."""
+
+
+class ShapeMismatchError(RequestError):
+    """A tensor has another shape than it must have."""
+
+
+class DataTypeMismatchError(RequestError):
+    """A tensor has another data type than it must have, or one that no tensor can have."""
+
+
+class NonFiniteGradientError(RequestError):
+    """A gradient holds a NaN or an infinity, and the session does not allow it."""
+
+
+class NoGradientError(RequestError):
+    """No worker brought a gradient to the step."""
+
+
+class TargetOutOfRangeError(RequestError):
+    """A target is no class, or no probability, of the session's loss."""
+
+
+class SessionError(OptserveError):
+    """The session's state: ask for its status, and go on from what it says."""
+
+
+class SessionNotFoundError(SessionError):
+    """There is no such session."""
+
+
+class SessionDeletedError(SessionError):
+    """The session was deleted while the call was going on."""
+
+
+class SessionFailedError(SessionError):
+    """A fault of the server left the session half changed; it can only be deleted."""
+
+
+class ParametersNotSetError(SessionError):
+    """Not every parameter has a value, or this client has not downloaded them."""
+
+
+class LossNotSetError(SessionError):
+    """The session has no loss."""
+
+
+class StepOutOfOrderError(SessionError):
+    """The step's number is neither the next one nor the last one; ``expected`` is the next one."""
+
+
+class EpochOutOfOrderError(SessionError):
+    """The epoch's number is neither the next one nor the last one; ``expected`` is the next one."""
+
+
+class EpochEmptyError(SessionError):
+    """The epoch has no step."""
+
+
+class WorkerBusyError(SessionError):
+    """Another call is sending for this worker."""
+
+
+class RoundTimeoutError(SessionError):
+    """The other workers did not come in time; take the same step again to go on waiting."""
+
+
+class ScheduleFailedError(SessionError):
+    """The expression of the schedule has no finite value for the next count."""
+
+
+class ServiceError(OptserveError):
+    """The server, or the way to it."""
+
+
+class LimitError(ServiceError):
+    """A limit of the server: do what the message says."""
+
+
+class UnavailableError(ServiceError):
+    """Nothing answers at the target, the connection broke, or the server is about to stop."""
+
+
+class DeadlineError(ServiceError):
+    """No answer came in time. What was asked may or may not have been done."""
+
+
+class ClosedError(ServiceError):
+    """The client or the session object was closed, by this call's own process."""
+
+
+class ProtocolError(ServiceError):
+    """Client and server do not understand each other: a fault of one of the two libraries."""
+
+
+class InternalError(ServiceError):
+    """A fault of the server; ``request_id`` finds it in the server's log."""
+
+
+ERROR_BY_REASON: dict[Reason.ValueType, type[OptserveError]] = {
+    Reason.REASON_UNSPECIFIED: InternalError,
+    Reason.REASON_MALFORMED_MESSAGE: ProtocolError,
+    Reason.REASON_UNKNOWN_FIELD: ProtocolError,
+    Reason.REASON_MISSING_FIELD: InvalidFieldError,
+    Reason.REASON_INVALID_FIELD: InvalidFieldError,
+    Reason.REASON_INVALID_NAME: InvalidNameError,
+    Reason.REASON_UNKNOWN_NAME: UnknownNameError,
+    Reason.REASON_INVALID_HYPERPARAMETER: InvalidHyperparameterError,
+    Reason.REASON_INVALID_EXPRESSION: InvalidExpressionError,
+    Reason.REASON_SHAPE_MISMATCH: ShapeMismatchError,
+    Reason.REASON_DATA_TYPE_MISMATCH: DataTypeMismatchError,
+    Reason.REASON_BYTE_COUNT_MISMATCH: ProtocolError,
+    Reason.REASON_CHUNK_OUT_OF_ORDER: ProtocolError,
+    Reason.REASON_EVENT_OUT_OF_ORDER: ProtocolError,
+    Reason.REASON_NON_FINITE_GRADIENT: NonFiniteGradientError,
+    Reason.REASON_NO_GRADIENT: NoGradientError,
+    Reason.REASON_TARGET_OUT_OF_RANGE: TargetOutOfRangeError,
+    Reason.REASON_SESSION_NOT_FOUND: SessionNotFoundError,
+    Reason.REASON_PARAMETERS_NOT_SET: ParametersNotSetError,
+    Reason.REASON_LOSS_NOT_SET: LossNotSetError,
+    Reason.REASON_STEP_OUT_OF_ORDER: StepOutOfOrderError,
+    Reason.REASON_EPOCH_OUT_OF_ORDER: EpochOutOfOrderError,
+    Reason.REASON_EPOCH_EMPTY: EpochEmptyError,
+    Reason.REASON_WORKER_BUSY: WorkerBusyError,
+    Reason.REASON_ROUND_TIMEOUT: RoundTimeoutError,
+    Reason.REASON_SCHEDULE_FAILED: ScheduleFailedError,
+    Reason.REASON_SESSION_FAILED: SessionFailedError,
+    Reason.REASON_SESSION_DELETED: SessionDeletedError,
+    Reason.REASON_TOO_MANY: LimitError,
+    Reason.REASON_MEMORY_EXHAUSTED: LimitError,
+    Reason.REASON_LIMIT_EXCEEDED: LimitError,
+    Reason.REASON_DRAINING: UnavailableError,
+    Reason.REASON_INTERNAL: InternalError,
+}
+"""Total, says a test. Wrong framing is a ProtocolError: this library writes the chunks."""

@@ -1,0 +1,178 @@
+"""A session of the blocking face."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Self, Unpack
+
+from numpy.typing import ArrayLike
+
+from optserve.v1.session_pb2 import Session as SessionMessage
+from optserve.v1.session_pb2 import SessionStatus
+from optserve_client._blocking import BlockingDriver
+from optserve_client._loss_operations import evaluate_loss, loss_points
+from optserve_client._session_operations import Gradients, SessionOperations
+from optserve_client._session_view import SessionView
+from optserve_client._spec import UpdateOptions, Via
+from optserve_client.errors import OptserveError
+from optserve_client.results import LossHistory, LossResult, Split, StepResult
+from optserve_client.tensors import Array
+
+
+class Session(SessionView):
+    """One session, as one of its workers takes part in it. For one thread at a time.
+
+    As a context manager it is closed at the end of the block, and deleted if this client has
+    created it.
+    """
+
+    def __init__(
+        self, operations: SessionOperations, driver: BlockingDriver, *, created: bool
+    ) -> None:
+        """Take part through ``operations``; if it was ``created`` here, its block deletes it."""
+        super().__init__(operations)
+        self._driver = driver
+        self._created = created
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._created or self._driver.closed:
+            self.close()
+        elif kind is None:
+            self.delete()
+        else:
+            with suppress(OptserveError):  # What went wrong first is what the caller has to see.
+                self.delete()
+
+    def open(self) -> SessionStatus:
+        """Open this worker's stream now, not with its first step, and learn where the session is.
+
+        Raises:
+            WorkerBusyError: Somebody else is this worker.
+        """
+        return self._driver.run(self._operations.open())
+
+    def step(
+        self, gradients: Gradients, *, step: int | None = None, via: Via | None = None
+    ) -> StepResult:
+        """Apply one optimizer step, then advance the scheduler; ``parameters`` are new afterwards.
+
+        With several workers it waits for the others: the step is applied with the mean of all
+        gradients.
+
+        Args:
+            gradients: By parameter; same shape and data type. One that is None, or not there, is no
+                gradient, which is not a gradient of zeros: parameter and optimizer state stay as
+                they are. Nothing is converted. Must not change until the call returns.
+            step: Number of the step, from 1. None: the one after the last step that was answered.
+            via: How this step travels. None: as the session was made or joined.
+
+        Returns:
+            What the step did, with the learning rates used *by* it.
+
+        Raises:
+            RequestError: A gradient does not fit its parameter, or is not finite. Nothing was
+                changed.
+            SessionError: The session cannot step now. Nothing was changed; see the class.
+            ServiceError: No answer came. Take the same step again: the server applies it once,
+                whatever happened.
+        """
+        return self._driver.run(self._operations.step(gradients, step=step, via=via))
+
+    def end_epoch(self, *, epoch: int | None = None) -> SessionStatus:
+        """End an epoch: a scheduler that counts epochs advances.
+
+        Args:
+            epoch: Number of the epoch that ends, from 1; to end the last one again changes nothing.
+                None: the one after the last that is known here to have ended.
+
+        Raises:
+            EpochEmptyError: The epoch has no step.
+        """
+        return self._driver.run(self._operations.end_epoch(epoch))
+
+    def evaluate_loss(
+        self,
+        predictions: ArrayLike,
+        targets: ArrayLike,
+        *,
+        split: Split | None = None,
+        gradient: bool | None = None,
+        via: Via | None = None,
+    ) -> LossResult:
+        """Evaluate the session's loss.
+
+        Args:
+            predictions: Of the model, in the shape that the loss asks for.
+            targets: That belong to them, in the shape and data type that the loss asks for.
+            split: Where to keep the result in the session's history. None: nowhere.
+            gradient: Whether to compute the gradient with respect to the predictions. None: for
+                "train" only.
+            via: In one message each way, or in a stream of its own. None: by size.
+
+        Raises:
+            LossNotSetError: The session has no loss.
+            RequestError: Predictions or targets do not fit the loss.
+        """
+        return self._driver.run(
+            evaluate_loss(
+                self._operations, predictions, targets, split=split, gradient=gradient, via=via
+            )
+        )
+
+    def loss_points(self, split: Split | None = None, *, page_size: int = 0) -> LossHistory:
+        """Read all the evaluations that the session keeps, the oldest first.
+
+        Args:
+            split: Of which split. None: of both.
+            page_size: How many to ask for at once. Zero: as many as the server gives.
+        """
+        return self._driver.run(loss_points(self._operations, split, page_size))
+
+    def status(self) -> SessionStatus:
+        """Ask where the session stands."""
+        return self._driver.run(self._operations.status())
+
+    def update(self, **changes: Unpack[UpdateOptions]) -> SessionMessage:
+        """Change hyperparameters, the loss or the name: all that is given, or nothing.
+
+        A new ``lr`` is what the next step uses; the schedule goes on from there in proportion.
+
+        Returns:
+            The session with everything that is in force.
+        """
+        return self._driver.run(self._operations.update(**changes))
+
+    def upload(self, values: Mapping[str, ArrayLike]) -> SessionStatus:
+        """Set values of parameters: all of these, or none. The optimizer's state stays."""
+        return self._driver.run(self._operations.upload(values))
+
+    def download(self, names: Sequence[str] | None = None) -> Mapping[str, Array]:
+        """Fetch values of parameters as they are between two steps.
+
+        Args:
+            names: Which ones. None: all; they also become ``parameters``, and ``steps`` what they
+                belong to.
+        """
+        return self._driver.run(self._operations.download(names))
+
+    def delete(self) -> SessionStatus:
+        """Make the server forget the session, for everybody, and return where it stood."""
+        self._driver.end_stream()
+        try:
+            return self._driver.run(self._operations.delete())
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End this worker's stream. The session lives on. May be called again."""
+        self._driver.close()
