@@ -40,4 +40,4 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
     CMD ["python", "-m", "optserve_server.rpc.probe", "127.0.0.1:50051"]
 ENTRYPOINT ["python", "-m", "optserve_server"]
-CMD ["--host", "0.0.0.0", "--port", "50051", "--metrics-port", "9464", "--log-format", "json"]
+CMD ["--host", "0.0.0.0", "--port", "50051", "--metrics-host", "0.0.0.0", "--metrics-port", "9464", "--log-format", "json"]

@@ -34,7 +34,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         process = subprocess.Popen(
             [
                 *(sys.executable, *image_command()[1:]),
-                *("--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"),
+                *("--host", "127.0.0.1", "--port", "0"),
+                *("--metrics-host", "127.0.0.1", "--metrics-port", "0"),
                 *("--device", "cpu", "--ready-file", str(ready)),
             ],
             stderr=log_file,

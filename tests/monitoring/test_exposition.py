@@ -35,7 +35,7 @@ def documented() -> Metrics:
     """Read the table of metrics in the documentation, less what is not there on a CPU."""
     text = (ROOT / "server" / "docs" / "operations.md").read_text()
     metrics: Metrics = {}
-    for line in text.splitlines():
+    for line in text.partition("### Metrics")[2].partition("### Alerts")[0].splitlines():
         row = re.fullmatch(r"\| `(\w+)` \| (\w+) \| (.*) \| (.*) \|", line)
         if row and "CUDA only" not in row[4]:
             metrics[row[1]] = (row[2], frozenset(re.findall(r"`(\w+)`", row[3])))
