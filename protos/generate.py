@@ -3,8 +3,8 @@
     python protos/generate.py            write the stubs, help.json and surface.txt
     python protos/generate.py --check    write nothing; exit 1 and name what is out of date
 
-Needs requirements-generate.txt: grpcio-tools of the oldest version that we promise to run with, because stubs refuse
-a runtime that is older than their generator.
+Needs requirements-generate.txt: grpcio-tools of the oldest version that we promise to run with,
+because stubs refuse a runtime that is older than their generator.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from google.protobuf import descriptor_pb2 as pb
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = Path("optserve") / "v1"
-CATALOGUE = ("optimizer.proto", "scheduler.proto", "loss.proto")  # What GetCatalogue lists, with a line of help.
+CATALOGUE = ("optimizer.proto", "scheduler.proto", "loss.proto")  # Listed with a line of help.
 
 
 def main() -> int:
@@ -42,9 +42,8 @@ def main() -> int:
         for path, content in wanted.items():
             (ROOT / path).write_bytes(content)
         return 0
-    stale = sorted(
-        str(path) for path in wanted.keys() | present.keys() if wanted.get(path) != present.get(path)
-    )
+    paths = wanted.keys() | present.keys()
+    stale = sorted(str(path) for path in paths if wanted.get(path) != present.get(path))
     for path in stale:
         print(f"protos/{path} is out of date: run `make generate`", file=sys.stderr)
     return 1 if stale else 0
@@ -62,6 +61,7 @@ def generate(target: Path) -> None:
         env=os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"},
         capture_output=True,
         text=True,
+        check=False,
     )
     if protoc.returncode:
         sys.exit(protoc.stderr)
@@ -70,9 +70,11 @@ def generate(target: Path) -> None:
             path.unlink()  # A file without a service has nothing to say.
     files = pb.FileDescriptorSet.FromString(descriptors.read_bytes()).file
     descriptors.unlink()
-    help_texts = {name: text for file in files if file.name.rpartition("/")[2] in CATALOGUE for name, text in _help_texts(file)}
+    listed = [file for file in files if file.name.rpartition("/")[2] in CATALOGUE]
+    help_texts = {name: text for file in listed for name, text in _help_texts(file)}
     (target / PACKAGE / "help.json").write_text(json.dumps(help_texts, indent=0) + "\n")
-    (target / "surface.txt").write_text("".join(f"{line}\n" for file in files for line in _surface(file)))
+    surface = [f"{line}\n" for file in files for line in _surface(file)]
+    (target / "surface.txt").write_text("".join(surface))
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -84,7 +86,10 @@ def _is_generated(path: Path) -> bool:
 
 
 def _help_texts(file: pb.FileDescriptorProto) -> Iterator[tuple[str, str]]:
-    """Yield (Message, help) and (Message.field, help): the first sentence of each comment, without "lr is"."""
+    """Yield (Message, help) and (Message.field, help).
+
+    The first sentence of each comment, without "lr is".
+    """
     for location in file.source_code_info.location:
         path, comment = location.path, " ".join(location.leading_comments.split())
         if len(path) not in (2, 4) or path[0] != 4 or not comment:
@@ -118,7 +123,8 @@ def _surface(file: pb.FileDescriptorProto) -> Iterator[str]:
             label = "repeated " if repeated else "optional " if field.proto3_optional else ""
             in_oneof = field.HasField("oneof_index") and not field.proto3_optional
             oneof = f" oneof {message.oneof_decl[field.oneof_index].name}" if in_oneof else ""
-            yield f"field {file.package}.{message.name} {field.number} {label}{kind} {field.name}{oneof}"
+            what = f"{label}{kind} {field.name}{oneof}"
+            yield f"field {file.package}.{message.name} {field.number} {what}"
         for reserved in message.reserved_range:
             yield f"reserved {file.package}.{message.name} {reserved.start} to {reserved.end - 1}"
 

@@ -1,7 +1,16 @@
-"""Numbers that both sides must know before they have met; every other limit comes from GetServerInfo."""
+"""Numbers that both sides must know before they have met.
 
-CHUNK_BYTES_MAX = 1 << 20  # 1 MiB: a quarter of gRPC's default limit of 4 MiB; copies stay in cache.
+Every other limit comes from GetServerInfo.
+"""
 
-MESSAGE_BYTES_MAX = 4 << 20  # gRPC's default limit in every language; finite, or a bomb would be inflated whole.
+from __future__ import annotations
 
-MESSAGE_HEADROOM_BYTES = 64 << 10  # What a message may hold beside tensor data: names, shapes, field tags.
+CHUNK_BYTES_MAX = 1 << 20  # 1 MiB: a quarter of gRPC's default limit; copies stay in cache.
+
+MESSAGE_BYTES_MAX = (
+    4 << 20
+)  # gRPC's default in every language. Finite, or bombs are inflated whole.
+
+MESSAGE_HEADROOM_BYTES = (
+    64 << 10
+)  # For what a message holds beside tensor data: names, shapes, tags.

@@ -8,6 +8,7 @@ DOMAIN = "optserve"
 """``domain`` of every ErrorInfo."""
 
 _PREFIX = "REASON_"
+_REASONS = dict(Reason.items())
 
 
 def reason_name(reason: Reason.ValueType) -> str:
@@ -16,6 +17,8 @@ def reason_name(reason: Reason.ValueType) -> str:
 
 
 def reason_of(name: str) -> Reason.ValueType:
-    """Return the reason that ErrorInfo calls ``name``; REASON_UNSPECIFIED if this version does not know it."""
-    key = _PREFIX + name
-    return Reason.Value(key) if key in Reason.keys() else Reason.REASON_UNSPECIFIED
+    """Return the reason that ErrorInfo calls ``name``.
+
+    REASON_UNSPECIFIED if this version does not know it.
+    """
+    return _REASONS.get(_PREFIX + name, Reason.REASON_UNSPECIFIED)

@@ -1,7 +1,7 @@
 """Tensor framing: how the bytes of tensors become chunks, and how chunks fill tensors again.
 
-Both sides use it for gradients, parameters, predictions and loss gradients alike. Nothing here knows what an element
-is: tensors are buffers of bytes, in the order in which they were announced.
+Both sides use it for gradients, parameters, predictions and loss gradients alike. Nothing here
+knows what an element is: tensors are buffers of bytes, in the order in which they were announced.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ ITEM_BYTES: dict[DataType.ValueType, int] = {
 
 
 class FramingError(Exception):
-    """A chunk does not continue its tensor, or a tensor is not complete. ``tensor`` is its position, from 0."""
+    """A chunk does not continue its tensor, or a tensor is not complete.
+
+    ``tensor`` is its position, from 0.
+    """
 
     def __init__(self, message: str, *, tensor: int, expected: str, actual: str) -> None:
         super().__init__(message)
@@ -51,23 +54,31 @@ def data_type_name(data_type: DataType.ValueType) -> str:
 
 
 def byte_count(header: TensorHeader) -> int:
-    """Return how many bytes the tensor has. Exact for any shape: Python's integers do not overflow."""
+    """Return how many bytes the tensor has.
+
+    Exact for any shape: Python's integers do not overflow.
+    """
     return math.prod(header.shape) * ITEM_BYTES[header.data_type]
 
 
-def split(buffers: Sequence[memoryview], chunk_bytes_max: int = CHUNK_BYTES_MAX) -> Iterator[TensorChunks]:
-    """Yield the buffers' bytes as messages of at most ``chunk_bytes_max`` bytes of data, small tensors packed together.
+def split(
+    buffers: Sequence[memoryview], chunk_bytes_max: int = CHUNK_BYTES_MAX
+) -> Iterator[TensorChunks]:
+    """Yield the buffers' bytes in messages, small tensors packed together.
 
     Args:
-        buffers: One flat view of bytes for each tensor, in the announced order. Read when its message is asked for, so
-            it must not change before the iterator is exhausted.
+        buffers: One flat view of bytes for each tensor, in the announced order. Read when its
+            message is asked for, so it must not change before the iterator is exhausted.
+        chunk_bytes_max: How many bytes of data a message may hold.
     """
     chunks: list[TensorChunk] = []
     room = chunk_bytes_max
     for tensor, buffer in enumerate(buffers):
         offset = 0
         while offset < len(buffer):
-            data = bytes(buffer[offset : offset + room])  # copy: tensor to bytes; protobuf copies them once more.
+            data = bytes(
+                buffer[offset : offset + room]
+            )  # copy: tensor to bytes; protobuf's is next.
             chunks.append(TensorChunk(tensor=tensor, offset=offset, data=data))
             offset += len(data)
             room -= len(data)
@@ -82,7 +93,10 @@ class Assembly:
     """Tensors that are being filled by chunks."""
 
     def __init__(self, targets: Sequence[memoryview]) -> None:
-        """Fill ``targets``: one writable flat view of bytes for each announced tensor, as long as the tensor."""
+        """Fill ``targets``.
+
+        One writable flat view of bytes for each announced tensor, as long as the tensor.
+        """
         self._targets = targets
         self._received = [0] * len(targets)
 
@@ -90,13 +104,17 @@ class Assembly:
         """Write chunks where they belong; return how many bytes they are.
 
         Raises:
-            ChunkError: A chunk leaves a gap, overlaps or belongs nowhere; those before it have been written.
-            ByteCountError: A chunk runs past the end of its tensor; those before it have been written.
+            ChunkError: A chunk leaves a gap, overlaps or belongs nowhere; those before it have been
+                written.
+            ByteCountError: A chunk runs past the end of its tensor; those before it have been
+                written.
         """
         targets, received, total = self._targets, self._received, 0
         for chunk in chunks:
             tensor, offset = chunk.tensor, chunk.offset
-            data = chunk.data  # copy: message to bytes, made anew by each access, so there is only this one.
+            data = (
+                chunk.data
+            )  # copy: message to bytes; every access makes one, so there is only this.
             count = len(data)
             if tensor >= len(targets):
                 raise ChunkError(
@@ -126,9 +144,9 @@ class Assembly:
         Raises:
             ByteCountError: One is not.
         """
-        for tensor, (target, received) in enumerate(zip(self._targets, self._received, strict=True)):
-            if received != len(target):
-                raise _byte_count_error(tensor, len(target), received)
+        for tensor, target in enumerate(self._targets):
+            if self._received[tensor] != len(target):
+                raise _byte_count_error(tensor, len(target), self._received[tensor])
 
 
 def _byte_count_error(tensor: int, expected: int, actual: int) -> ByteCountError:

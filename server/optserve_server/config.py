@@ -1,7 +1,7 @@
 """Every knob of the server, in one frozen model.
 
-Precedence: flags, then environment (``OPTSERVE_PORT``), then the file that ``--config`` or ``OPTSERVE_CONFIG`` names
-(TOML, the same names), then the defaults here.
+Precedence: flags, then environment (``OPTSERVE_PORT``), then the file that ``--config`` or
+``OPTSERVE_CONFIG`` names (TOML, the same names), then the defaults here.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Config(BaseSettings):
     """Serve optimizer sessions over gRPC, with metrics for Prometheus beside them.
 
-    Every flag can also be set in the environment (--sessions-max as OPTSERVE_SESSIONS_MAX) and in a TOML file
-    (sessions_max = 10); a flag wins over the environment, which wins over the file.
+    Every flag can also be set in the environment (--sessions-max as OPTSERVE_SESSIONS_MAX) and in a
+    TOML file (sessions_max = 10); a flag wins over the environment, which wins over the file.
     """
 
     model_config = SettingsConfigDict(
@@ -53,7 +53,10 @@ class Config(BaseSettings):
     """TOML file with settings; the names are those of the flags, with underscores."""
 
     host: str = "127.0.0.1"
-    """Address to serve gRPC on. There is no TLS yet: beyond this machine only in a network that you trust."""
+    """Address to serve gRPC on.
+
+    There is no TLS yet: beyond this machine only in a network that you trust.
+    """
     port: Port = 50051
     """Port to serve gRPC on; 0 takes a free one."""
     metrics_host: str = "127.0.0.1"
@@ -166,13 +169,16 @@ def load(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
 
     class _Config(Config):
         __doc__ = Config.__doc__
-        model_config = SettingsConfigDict(toml_file=path)
+        model_config = SettingsConfigDict(toml_file=path, cli_parse_args=list(arguments))
 
-    return _Config(_cli_parse_args=list(arguments))
+    return _Config()
 
 
 def _check_file(path: str | None) -> None:
-    """pydantic passes over a file that is not there; a settings file that has no effect is a trap."""
+    """Pydantic passes over a file that is not there.
+
+    A settings file that has no effect is a trap.
+    """
     try:
         if path is not None:
             tomllib.loads(Path(path).read_text(encoding="utf-8"))

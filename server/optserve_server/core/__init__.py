@@ -1,1 +1,4 @@
-"""The domain: sessions and their steps. Knows torch and the standard library; nothing of gRPC, protobuf or Prometheus."""
+"""The domain: sessions and their steps.
+
+Knows torch and the standard library; nothing of gRPC, protobuf or Prometheus.
+"""

@@ -1,4 +1,7 @@
-"""A session in a world of concurrent calls: one writer at a time, rounds of several workers, work off the event loop."""
+"""A session in a world of concurrent calls.
+
+One writer at a time, rounds of several workers, work off the event loop.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +135,8 @@ class SessionActor:
             field: Path of the list that they came in.
 
         Raises:
-            CallerError: A name is unknown or stands twice, or a shape or dtype is not the parameter's.
+            CallerError: A name is unknown or stands twice, or a shape or dtype is not the
+                parameter's.
         """
         positions = [self._position_of(tensor, f"{field}[{i}]") for i, tensor in enumerate(tensors)]
         if len(set(positions)) != len(positions):
@@ -197,8 +201,8 @@ class SessionActor:
                 return await asyncio.shield(round_.done), False
         except TimeoutError:
             raise RoundTimeoutError(
-                f"step {contribution.step} waits for workers {round_.missing}; the contribution is kept:"
-                " send the same step again to go on waiting",
+                f"step {contribution.step} waits for workers {round_.missing}; the contribution is"
+                " kept: send the same step again to go on waiting",
                 field="step",
                 expected=f"a contribution of workers {round_.missing}",
                 retry_after_s=0.0,
@@ -245,7 +249,7 @@ class SessionActor:
         return outcome
 
     async def close(self) -> None:
-        """End every call that goes on in the session, and wait until nothing touches it any more."""
+        """End every call that goes on in the session, and wait until nothing touches it."""
         self.closed = True
         if not self._round.done.done():
             self._round.done.set_exception(
@@ -270,7 +274,10 @@ class SessionActor:
         return position
 
     def _staged(self, worker: int, position: int) -> Tensor:
-        """Return the worker's buffer for a gradient: made at its first step, reserved since the session was created."""
+        """Return the worker's buffer for a gradient.
+
+        Made at its first step, reserved since the session was created.
+        """
         staging = self._staging[worker]
         if position not in staging:
             staging[position] = self._surroundings.device.staging(
@@ -279,7 +286,7 @@ class SessionActor:
         return staging[position]
 
     async def _join_round(self, contribution: Contribution) -> Round:
-        """Add a contribution to the open round, and start the step if it was the last one missing."""
+        """Add a contribution to the open round; start the step if it was the last one missing."""
         session, gradients = self.session, contribution.gradients
         if (
             session.spec.workers > 1
@@ -294,7 +301,10 @@ class SessionActor:
         return round_
 
     async def _apply(self, round_: Round) -> None:
-        """Apply a complete round, and tell everybody who waits for it. Belongs to no call: none can cancel it."""
+        """Apply a complete round, and tell everybody who waits for it.
+
+        Belongs to no call: none can cancel it.
+        """
         observer = self._surroundings.observer
         async with self._lock.exclusive():
             started = time.perf_counter()
@@ -345,4 +355,4 @@ class SessionActor:
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # Looked at, so that asyncio does not complain when the call that waited has gone.
+            task.exception()  # Looked at, or asyncio complains when the call that waited has gone.

@@ -19,7 +19,9 @@ _RETRY_AFTER_S = (
 
 
 def session_bytes(spec: SessionSpec) -> int:
-    """Return how much memory a session takes at most: parameters, optimizer state, gradients, and torch's temporaries.
+    """Return how much memory a session takes at most.
+
+    Parameters, optimizer state, gradients, and torch's temporaries.
 
     Raises:
         InvalidHyperparameterError: torch does not take the hyperparameters of a group.
@@ -33,7 +35,8 @@ def session_bytes(spec: SessionSpec) -> int:
             for dtype in {parameter.dtype for parameter in parameters}
         }
         for parameter in parameters:
-            # One for the parameter itself, and one gradient for each worker, for it must be kept until all are there.
+            # One for the parameter itself, and one gradient for each worker, for it must be kept
+            # until all are there.
             total += parameter.byte_count * (1 + spec.workers)
             total += parameter.element_count * state_bytes[parameter.dtype]
             total += _PARAMETER_OVERHEAD_BYTES

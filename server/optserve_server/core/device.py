@@ -41,7 +41,8 @@ class Device:
             )
         if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
             raise DeviceUnavailableError(
-                f"{name!r} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+                f"{name!r} is not there: torch {torch.__version__} sees"
+                f" {torch.cuda.device_count()} CUDA devices"
             )
         self.torch = torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device("cpu")
         self.is_cuda = kind == "cuda"
@@ -56,7 +57,10 @@ class Device:
         )
 
     def memory_bytes(self) -> int:
-        """Return how much memory sessions may take here by default: 80 % of the device's, or of the container's."""
+        """Return how much memory sessions may take here by default.
+
+        80 % of the device's, or of the container's.
+        """
         if self.is_cuda:
             total = torch.cuda.get_device_properties(self.torch).total_memory
         else:
@@ -74,11 +78,17 @@ class Device:
         return torch.zeros(spec.shape, dtype=spec.dtype, device=self.torch)
 
     def staging(self, spec: TensorSpec) -> Tensor:
-        """Return a new tensor on the CPU, of any content, for bytes to be received into; pinned beside CUDA."""
+        """Return a new tensor on the CPU, of any content, for bytes to be received into.
+
+        Pinned beside CUDA.
+        """
         return torch.empty(spec.shape, dtype=spec.dtype, pin_memory=self.is_cuda)
 
     def mirror(self, tensor: Tensor) -> Tensor:
-        """Return a CPU tensor that holds what ``tensor`` holds: the tensor itself if it is there already."""
+        """Return a CPU tensor that holds what ``tensor`` holds.
+
+        The tensor itself if it is there already.
+        """
         return torch.empty_like(tensor, device="cpu", pin_memory=True) if self.is_cuda else tensor
 
     def load(self, staging: Tensor) -> Tensor:

@@ -8,7 +8,7 @@
     │   ├── InvalidFieldError          a value that is not allowed
     │   ├── InvalidNameError           empty, too long, with control characters, or there twice
     │   ├── UnknownNameError           no parameter, or no group, of this session
-    │   ├── InvalidHyperparameterError a value that torch would not take, or does not go with the others
+    │   ├── InvalidHyperparameterError a value that torch does not take
     │   ├── InvalidExpressionError     more than arithmetic, too long, or without a finite value
     │   ├── ShapeMismatchError
     │   ├── DataTypeMismatchError
@@ -58,7 +58,7 @@ class OptserveError(Exception):
         """Refuse.
 
         Args:
-            message: What is wrong and, unless it is plain, what to do; shown to the client as it is.
+            message: What is wrong and, unless it is plain, what to do; shown to the client.
             field: Path of the field at fault, as the contract names it: ``gradients[2].shape``.
             expected: What would have been right.
             actual: What came.

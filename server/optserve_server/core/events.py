@@ -1,7 +1,7 @@
 """What the server reports about itself while it works: the seam between it and its telemetry.
 
-An observer is told facts, at once and in plain values; it must be quick and must not raise. Whoever reports knows
-nothing of Prometheus; whoever listens knows nothing of gRPC or torch.
+An observer is told facts, at once and in plain values; it must be quick and must not raise. Whoever
+reports knows nothing of Prometheus; whoever listens knows nothing of gRPC or torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from typing import Protocol
 
 
 class Phase(enum.StrEnum):
-    """A part of a step's life, timed one by one. Together they are what the client waits for, less the wire."""
+    """A part of a step's life, timed one by one.
+
+    Together they are what the client waits for, less the wire.
+    """
 
     RECEIVE = "receive"
     """From the step's begin until its last gradient byte is in place."""
@@ -43,7 +46,10 @@ class RpcKind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RpcMethod:
-    """A method of the service; known before the first call, so that its series exist from the start."""
+    """A method of the service.
+
+    Known before the first call, so that its series exist from the start.
+    """
 
     kind: RpcKind
     service: str
@@ -113,13 +119,19 @@ class Observer(Protocol):
         """So many bytes of tensors came or went."""
 
     def refused(self, reason: str) -> None:
-        """Something was refused; ``reason`` is a name of ``optserve.v1.Reason`` without its prefix."""
+        """Something was refused.
+
+        ``reason`` is a name of ``optserve.v1.Reason`` without its prefix.
+        """
 
     def rpc_started(self, method: RpcMethod) -> None:
         """A call began."""
 
     def rpc_handled(self, method: RpcMethod, code: str, seconds: float) -> None:
-        """A call ended; ``code`` is the name of its status as Go writes it: ``OK``, ``InvalidArgument``."""
+        """A call ended.
+
+        ``code`` is the name of its status as Go writes it: ``OK``, ``InvalidArgument``.
+        """
 
     def message_received(self, method: RpcMethod) -> None:
         """A message of a call came in."""

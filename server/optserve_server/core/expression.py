@@ -1,8 +1,9 @@
 """Arithmetic from strangers: the expressions of LambdaLR.
 
-A whitelist over Python's own syntax tree. All arithmetic is done in floats, where every operation takes constant time
-and memory, and an expression has no loops; so a bound on its length bounds its cost. No library fits: those for
-policies have no power operator, and the Python evaluators either compute ``9**4000000`` or have been escaped from.
+A whitelist over Python's own syntax tree. All arithmetic is done in floats, where every operation
+takes constant time and memory, and an expression has no loops; so a bound on its length bounds its
+cost. No library fits: those for policies have no power operator, and the Python evaluators either
+compute ``9**4000000`` or have been escaped from.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _BINARY: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
-    ast.Pow: math.pow,  # As float ** float, but a negative base with a fraction is an error, not a complex number.
+    ast.Pow: math.pow,  # As float ** float, but never a complex number.
 }
 _UNARY: dict[type[ast.unaryop], Callable[[float], float]] = {
     ast.UAdd: operator.pos,
@@ -55,7 +56,10 @@ _Node = Callable[[float], float]
 
 
 class Expression:
-    """A function of the count, such as ``0.95 ** epoch``; equal to the Python lambda of the same text, bit for bit."""
+    """A function of the count, such as ``0.95 ** epoch``.
+
+    Equal to the Python lambda of the same text, bit for bit.
+    """
 
     def __init__(self, text: str, *, chars_max: int, nodes_max: int, field: str) -> None:
         """Compile ``text``.
@@ -96,7 +100,8 @@ class Expression:
             raise self._error(f"has no value for {_VARIABLE} = {count}") from None
         if not (math.isfinite(value) and value >= 0):
             raise self._error(
-                f"is {value} for {_VARIABLE} = {count}; a factor of the rate is finite and not negative"
+                f"is {value} for {_VARIABLE} = {count};"
+                " a factor of the rate is finite and not negative"
             )
         return value
 
@@ -109,7 +114,7 @@ class Expression:
             actual=shown,
         )
 
-    def _compile(self, node: ast.expr) -> _Node:
+    def _compile(self, node: ast.expr) -> _Node:  # noqa: PLR0911 - one for each kind of node.
         """Turn a node into a function of the count, or refuse it."""
         match node:
             case ast.Constant(value=bool() | int() | float() as value):
@@ -149,7 +154,7 @@ class Expression:
             number = float(value)
         except OverflowError:
             raise self._error("holds a number that is too large") from None
-        return lambda count: number
+        return lambda _: number
 
     def _checked_arguments(self, name: str, arguments: list[ast.expr]) -> list[_Node]:
         wanted = "two or more arguments" if name in ("min", "max") else "one argument"

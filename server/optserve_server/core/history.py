@@ -59,7 +59,10 @@ class LossHistory:
         self._counts[point.split] += 1
 
     def page(self, split: Split, *, after: int, count: int) -> LossPage:
-        """Return up to ``count`` points with numbers above ``after``, in order; NONE means both splits."""
+        """Return up to ``count`` points with numbers above ``after``, in order.
+
+        NONE means both splits.
+        """
         splits = _SPLITS if split is Split.NONE else (split,)
         kept = [point for each in splits for point in self._points[each] if point.sequence > after]
         kept.sort(key=lambda point: point.sequence)

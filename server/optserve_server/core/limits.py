@@ -1,4 +1,7 @@
-"""What the server allows. Every limit is in the configuration, told to clients, checked before memory is taken."""
+"""What the server allows.
+
+Every limit is in the configuration, told to clients, checked before memory is taken.
+"""
 
 from __future__ import annotations
 

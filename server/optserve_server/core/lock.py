@@ -1,4 +1,7 @@
-"""A lock that many readers may hold together, or one writer alone; for coroutines of one event loop."""
+"""A lock that many readers may hold together, or one writer alone.
+
+For coroutines of one event loop.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from contextlib import asynccontextmanager
 
 
 class SharedLock:
-    """Writers go before readers that come after them, so that a flow of readers does not keep them out.
+    """Writers go before readers that come after them: a flow of readers does not keep them out.
 
     Letting go never waits, so that a cancelled holder cannot leave the lock behind.
     """

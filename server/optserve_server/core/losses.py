@@ -1,4 +1,7 @@
-"""The losses: a row for each, with what torch does not check for itself, or would check by ending a CUDA process."""
+"""The losses.
+
+A row for each, with what torch does not check for itself, or would check by ending a CUDA process.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +37,12 @@ class LossKind:
 
     @property
     def name(self) -> str:
-        """torch's name, which is the name of the message too."""
+        """Torch's name, which is the name of the message too."""
         return self.torch_class.__name__
 
     @property
     def defaults(self) -> dict[str, Value | None]:
-        """torch's default of each argument on offer; None for "no tensor"."""
+        """Torch's default of each argument on offer; None for "no tensor"."""
         return {
             name: parameter.default
             for name, parameter in inspect.signature(self.torch_class).parameters.items()
@@ -55,14 +58,17 @@ class LossOutcome:
     """The value; with reduction "none" the sum of the elements."""
     accuracy: float | None
     gradient: Tensor | None
-    """Of ``loss`` with respect to the predictions; their shape and dtype; on the CPU. None: not asked for."""
+    """Of ``loss`` with respect to the predictions; their shape and dtype; on the CPU.
+
+    None: not asked for.
+    """
     elements: Tensor | None
     """The elements of the loss, on the CPU. None: the reduction is not "none"."""
 
 
 def effective_arguments(choice: Choice) -> dict[str, Value]:
     """Return every argument in force: what was given, else torch's default."""
-    values = LOSSES[choice.kind].defaults | choice.arguments
+    values = {**LOSSES[choice.kind].defaults, **choice.arguments}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -89,7 +95,7 @@ class LossFunction:
         self._module = self._kind.torch_class(**arguments).to(device)
 
     def evaluate(self, predictions: Tensor, targets: Tensor, *, with_gradient: bool) -> LossOutcome:
-        """Compute the loss, the accuracy and, if asked for, the gradient with respect to the predictions.
+        """Compute the loss, the accuracy and, if asked for, the gradient of the predictions.
 
         Args:
             predictions: On the CPU; shape as the loss asks for.
@@ -130,8 +136,9 @@ class LossFunction:
             IndexError,
         ):  # What the checks do not foresee: torch has no kernel for it.
             raise InvalidFieldError(
-                f"{self._kind.name} takes no predictions of shape {tuple(inputs.shape)} and {dtype_name(inputs.dtype)}"
-                f" with targets of shape {tuple(targets.shape)} and {dtype_name(targets.dtype)}",
+                f"{self._kind.name} takes no predictions of shape {tuple(inputs.shape)} and"
+                f" {dtype_name(inputs.dtype)} with targets of shape {tuple(targets.shape)} and"
+                f" {dtype_name(targets.dtype)}",
                 field="predictions",
             ) from None
         return values
@@ -157,7 +164,8 @@ def _check_classes(module: torch.nn.Module, predictions: Tensor, targets: Tensor
     wanted = shape[:1] + shape[2:] if len(shape) > 1 else ()
     if tuple(targets.shape) != wanted:
         raise ShapeMismatchError(
-            f"targets have shape {tuple(targets.shape)}; predictions of shape {shape} need {wanted}",
+            f"targets have shape {tuple(targets.shape)};"
+            f" predictions of shape {shape} need {wanted}",
             field="targets.shape",
             expected=wanted,
             actual=tuple(targets.shape),
@@ -193,18 +201,23 @@ def _check_classes_or_probabilities(
     _check_weight(module, predictions, (_class_count(predictions),))
 
 
-def _check_alike(module: torch.nn.Module, predictions: Tensor, targets: Tensor) -> None:  # noqa: ARG001 - a check's shape.
-    """Targets of the predictions' shape and dtype; torch would broadcast or promote them instead."""
+def _check_alike(_: torch.nn.Module, predictions: Tensor, targets: Tensor) -> None:
+    """Targets of the predictions' shape and dtype.
+
+    Torch would broadcast or promote them instead.
+    """
     if targets.dtype != predictions.dtype:
         raise DataTypeMismatchError(
-            f"targets are {dtype_name(targets.dtype)}; the predictions are {dtype_name(predictions.dtype)}",
+            f"targets are {dtype_name(targets.dtype)};"
+            f" the predictions are {dtype_name(predictions.dtype)}",
             field="targets.data_type",
             expected=dtype_name(predictions.dtype),
             actual=dtype_name(targets.dtype),
         )
     if targets.shape != predictions.shape:
         raise ShapeMismatchError(
-            f"targets have shape {tuple(targets.shape)}; the predictions have {tuple(predictions.shape)}",
+            f"targets have shape {tuple(targets.shape)};"
+            f" the predictions have {tuple(predictions.shape)}",
             field="targets.shape",
             expected=tuple(predictions.shape),
             actual=tuple(targets.shape),
@@ -217,8 +230,8 @@ def _check_probabilities(module: torch.nn.Module, predictions: Tensor, targets: 
     weight = getattr(module, "weight", None)
     if weight is not None and not _broadcasts(weight.shape, predictions.shape):
         raise ShapeMismatchError(
-            f"the loss's weight has shape {tuple(weight.shape)}, which does not broadcast to the predictions'"
-            f" {tuple(predictions.shape)}",
+            f"the loss's weight has shape {tuple(weight.shape)}, which does not broadcast to the"
+            f" predictions' {tuple(predictions.shape)}",
             field="predictions.shape",
             expected=f"a shape that {tuple(weight.shape)} broadcasts to",
             actual=tuple(predictions.shape),
@@ -254,14 +267,16 @@ def _check_weight(module: torch.nn.Module, predictions: Tensor, shape: tuple[int
         return
     if weight.dtype != predictions.dtype:
         raise DataTypeMismatchError(
-            f"predictions are {dtype_name(predictions.dtype)}; the loss's weight is {dtype_name(weight.dtype)}",
+            f"predictions are {dtype_name(predictions.dtype)};"
+            f" the loss's weight is {dtype_name(weight.dtype)}",
             field="predictions.data_type",
             expected=dtype_name(weight.dtype),
             actual=dtype_name(predictions.dtype),
         )
     if tuple(weight.shape) != shape:
         raise ShapeMismatchError(
-            f"predictions have {shape[0]} classes; the loss's weight has shape {tuple(weight.shape)}",
+            f"predictions have {shape[0]} classes;"
+            f" the loss's weight has shape {tuple(weight.shape)}",
             field="predictions.shape",
             expected=tuple(weight.shape),
             actual=shape,
@@ -269,10 +284,10 @@ def _check_weight(module: torch.nn.Module, predictions: Tensor, shape: tuple[int
 
 
 def _broadcasts(source: torch.Size, target: torch.Size) -> bool:
-    try:
-        return torch.broadcast_shapes(source, target) == target
-    except RuntimeError:
-        return False
+    padded = (1,) * (len(target) - len(source)) + tuple(source)
+    return len(padded) == len(target) and all(
+        size in (1, wanted) for size, wanted in zip(padded, target, strict=True)
+    )
 
 
 def _class_count(predictions: Tensor) -> int:
@@ -300,7 +315,7 @@ def _class_accuracy(module: torch.nn.Module, predictions: Tensor, targets: Tenso
     return int(right.sum()) / count if count else None
 
 
-def _binary_accuracy(module: torch.nn.Module, predictions: Tensor, targets: Tensor) -> float | None:  # noqa: ARG001 - as above.
+def _binary_accuracy(_: torch.nn.Module, predictions: Tensor, targets: Tensor) -> float | None:
     """Share of elements on the right side of a half, where every target is 0 or 1."""
     if targets.numel() == 0 or not ((targets == 0) | (targets == 1)).all():
         return None

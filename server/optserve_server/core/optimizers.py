@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,16 +29,22 @@ class OptimizerKind:
 
     torch_class: type[torch.optim.Optimizer]
     fixed: tuple[str, ...] = ()
-    """Hyperparameters that torch reads only once, at construction; a later change would be silently without effect."""
+    """Hyperparameters that torch reads only once, at construction.
+
+    A later change would be silently without effect.
+    """
 
     @property
     def name(self) -> str:
-        """torch's name, which is the name of the message too."""
+        """Torch's name, which is the name of the message too."""
         return self.torch_class.__name__
 
     @property
     def defaults(self) -> dict[str, Value | None]:
-        """torch's default of each hyperparameter on offer; None where torch decides at each step."""
+        """Torch's default of each hyperparameter on offer.
+
+        None where torch decides at each step.
+        """
         return {
             name: parameter.default
             for name, parameter in inspect.signature(self.torch_class).parameters.items()
@@ -62,10 +69,12 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
 def effective_hyperparameters(kind: OptimizerKind, given: Mapping[str, Value]) -> dict[str, Value]:
     """Return every hyperparameter in force: what was given, else torch's default.
 
-    The one departure: ``fused`` is on unless it, or ``foreach``, was given, because it is several times faster.
-    Hyperparameters on which torch decides at each step (``foreach``) are left out unless given.
+    The one departure: ``fused`` is on unless it, or ``foreach``, was given, because it is several
+    times faster. Hyperparameters on which torch decides at each step (``foreach``) are left out
+    unless given.
     """
-    values = kind.defaults | {"fused": None if given.get("foreach") else True} | given
+    fused = None if given.get("foreach") else True
+    values = {**kind.defaults, "fused": fused, **given}
     return {
         name: value for name, value in values.items() if name in kind.defaults and value is not None
     }
@@ -79,14 +88,11 @@ def build(
     Raises:
         InvalidHyperparameterError: torch does not take the hyperparameters.
     """
-    _, constructor = groups[
-        0
-    ]  # torch reads the fixed ones here, and only here; they are the same in every group.
+    # torch reads the fixed ones from here, and only here; they are the same in every group.
+    arguments: dict[str, Any] = dict(groups[0][1])
+    torch_groups = [{"params": tensors, **own} for tensors, own in groups]
     try:
-        return kind.torch_class(
-            [{"params": tensors, **hyperparameters} for tensors, hyperparameters in groups],
-            **constructor,
-        )
+        return kind.torch_class(torch_groups, **arguments)
     except (ValueError, RuntimeError) as error:
         raise _refused(kind, error) from None
 
@@ -99,8 +105,8 @@ def rehearse(
 ) -> int:
     """Make a step on a few elements, and one more with changed hyperparameters if they are given.
 
-    It asks torch itself, before anything is touched, whether the hyperparameters go together, whether they can be changed
-    in a session that has stepped, and how much state they take.
+    It asks torch itself, before anything is touched, whether the hyperparameters go together,
+    whether they can be changed in a session that has stepped, and how much state they take.
 
     Args:
         kind: The optimizer.
@@ -141,7 +147,8 @@ def rehearse(
 
 
 def _refused(kind: OptimizerKind, error: Exception) -> InvalidHyperparameterError:
-    # torch's own words about hyperparameters that it was given: they are written for its users, who ours are too.
+    # torch's own words about hyperparameters that it was given: they are written for its users, who
+    # ours are too.
     return InvalidHyperparameterError(
         f"torch's {kind.name} does not take it: {error}", field="optimizer"
     )

@@ -55,7 +55,8 @@ class SessionRegistry:
         self.check_accepting()
         if len(self._actors) + self._opening >= self.limits.sessions_max:
             raise TooManyError(
-                f"there are {self.limits.sessions_max} sessions, which is as many as allowed; delete some, or try again later",
+                f"there are {self.limits.sessions_max} sessions, which is as many as allowed;"
+                " delete some, or try again later",
                 expected=f"at most {self.limits.sessions_max} sessions",
                 retry_after_s=_RETRY_AFTER_S,
             )
@@ -94,7 +95,8 @@ class SessionRegistry:
         actor = self._actors.get(session_id)
         if actor is None:
             raise SessionNotFoundError(
-                "there is no session of this id; it was never created, was deleted, or the server has been restarted",
+                "there is no session of this id; it was never created, was deleted, or the server"
+                " has been restarted",
                 field="session_id",
                 expected="the id of a session",
                 actual=session_id[: 2 * _ID_BYTES],
@@ -102,13 +104,18 @@ class SessionRegistry:
         return actor
 
     def page(self, *, after: int, count: int) -> tuple[Sequence[SessionActor], int | None]:
-        """Return up to ``count`` sessions created after the one numbered ``after``, and the number to go on from."""
+        """Return up to ``count`` sessions created after the one numbered ``after``.
+
+        Beside them stands the number to go on from; None if these were the last.
+        """
         later = [actor for actor in self._actors.values() if self._order[actor.session_id] > after]
         page = later[:count]
         return page, self._order[page[-1].session_id] if len(later) > count else None
 
     def resize(self, actor: SessionActor, spec: SessionSpec) -> None:
-        """Reserve what a session will need as ``spec``, if that is more than it has: a momentum takes memory.
+        """Reserve what a session will need as ``spec``, if that is more than it has.
+
+        A momentum takes memory.
 
         Raises:
             LimitError: There is no room for it. Nothing was changed.

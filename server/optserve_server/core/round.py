@@ -41,9 +41,10 @@ class Round:
     def mean(self, device: Device) -> list[Tensor | None]:
         """Return the mean of the contributions, on the device; consumes them.
 
-        For each parameter the gradients are added in the order of the workers, whatever the order of their arrival, and
-        the sum is divided by the number of workers. A gradient that only some of them have counts as zeros for the
-        others, as in torch's DistributedDataParallel; one that nobody has stays absent.
+        For each parameter the gradients are added in the order of the workers, whatever the order
+        of their arrival, and the sum is divided by the number of workers. A gradient that only some
+        of them have counts as zeros for the others, as in torch's DistributedDataParallel; one that
+        nobody has stays absent.
         """
         contributions = [gradients for gradients in self._gradients if gradients is not None]
         return [
@@ -63,7 +64,10 @@ class Contribution:
     targets: Sequence[Tensor]
     """The same tensors in the order in which they were announced, to be filled."""
     settled: Round | StepOutcome | None
-    """What answers it already, so that what is sent again is not to be stored: a round that has it, or the last step."""
+    """What answers it already, so that what is sent again is not to be stored.
+
+    A round that has it, or the last step.
+    """
 
 
 def _mean(gradients: Sequence[Tensor | None], workers: int, device: Device) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,12 +30,15 @@ class SchedulerKind:
 
     @property
     def name(self) -> str:
-        """torch's name, which is the name of the message too."""
+        """Torch's name, which is the name of the message too."""
         return self.torch_class.__name__
 
     @property
     def defaults(self) -> dict[str, Value | None]:
-        """torch's default of each argument on offer; None where there is none, and the argument is required."""
+        """Torch's default of each argument on offer.
+
+        None where there is none, and the argument is required.
+        """
         return {
             name: None if parameter.default is parameter.empty else parameter.default
             for name, parameter in inspect.signature(self.torch_class).parameters.items()
@@ -61,36 +65,32 @@ def effective_arguments(choice: Choice) -> dict[str, Value]:
     """
     defaults = SCHEDULERS[choice.kind].defaults
     if "lr_lambda" in defaults:
-        return dict(
-            choice.arguments
-        )  # Given in one of two forms, of which Schedule demands exactly one.
+        return dict(choice.arguments)  # Schedule demands exactly one of their two forms.
     for name, default in defaults.items():
         if default is None and name not in choice.arguments:
             raise MissingFieldError(
                 f"{choice.kind} needs {name}", field=f"scheduler.{name}", expected=name
             )
-    return {
-        name: value for name, value in (defaults | choice.arguments).items() if value is not None
-    }
+    values = {**defaults, **choice.arguments}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class Schedule:
-    """torch's scheduler over an optimizer, with a look ahead, so that a step never fails half way."""
+    """torch's scheduler over an optimizer, with a look ahead: a step never fails half way."""
 
     def __init__(self, choice: Choice, optimizer: torch.optim.Optimizer, limits: Limits) -> None:
         """Build the scheduler, which sets the initial rates.
 
         Raises:
-            InvalidExpressionError: An expression is not arithmetic, or has no finite value for the first count.
+            InvalidExpressionError: An expression is not arithmetic, or has no finite value for the
+                first count.
             InvalidFieldError: There are not as many expressions as groups.
         """
-        arguments = dict(choice.arguments)
+        arguments: dict[str, Any] = dict(choice.arguments)
         self._expressions: list[Expression] = []
         if choice.kind == torch.optim.lr_scheduler.LambdaLR.__name__:
             self._expressions = _expressions(arguments, len(optimizer.param_groups), limits)
             arguments = {"lr_lambda": self._expressions}
-        elif isinstance(milestones := arguments.get("milestones"), tuple):
-            arguments["milestones"] = list(milestones)
         self._torch = SCHEDULERS[choice.kind].torch_class(optimizer, **arguments)
 
     def check_next(self) -> None:
@@ -115,7 +115,10 @@ class Schedule:
         self._torch.step()
 
     def rebase(self, group: int, lr: float) -> None:
-        """Make ``lr`` the rate of a group from now on; the schedule goes on from it in proportion."""
+        """Make ``lr`` the rate of a group from now on.
+
+        The schedule goes on from it in proportion.
+        """
         torch_group = self._torch.optimizer.param_groups[group]
         factor = lr / torch_group["lr"] if torch_group["lr"] else None
         base = lr if factor is None else self._torch.base_lrs[group] * factor

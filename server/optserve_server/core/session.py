@@ -1,4 +1,6 @@
-"""A session: parameters, optimizer, schedule, loss and counters of one model; pure of clocks, sockets and threads.
+"""A session: parameters, optimizer, schedule, loss and counters of one model.
+
+Pure of clocks, sockets and threads.
 
 Not safe for concurrent use: SessionActor lets one writer in at a time.
 """
@@ -19,8 +21,8 @@ from optserve_server.core.errors import (
     EpochEmptyError,
     EpochOutOfOrderError,
     LossNotSetError,
-    NonFiniteGradientError,
     NoGradientError,
+    NonFiniteGradientError,
     ParametersNotSetError,
     SessionFailedError,
 )
@@ -66,7 +68,10 @@ class SessionChange:
 
 
 def norm_of(gradients: Sequence[Tensor | None]) -> float:
-    """Return the Euclidean norm over all gradients; not finite only if one of them is not, or if it overflows."""
+    """Return the Euclidean norm over all gradients.
+
+    Not finite only if one of them is not, or if it overflows.
+    """
     norms = [
         torch.linalg.vector_norm(gradient, dtype=_NORM_DTYPES.get(gradient.dtype)).double()
         for gradient in gradients
@@ -79,7 +84,7 @@ class Session:
     """One model being trained."""
 
     def __init__(self, spec: SessionSpec, device: Device, limits: Limits) -> None:
-        """Allocate the parameters, as zeros that do not count as set, and build everything around them.
+        """Allocate the parameters, as zeros that do not count as set, and build the rest.
 
         Raises:
             CallerError: torch does not take the spec.
@@ -122,7 +127,10 @@ class Session:
 
     @property
     def parameters(self) -> Sequence[Tensor]:
-        """The parameters' values on the CPU, in the spec's order; the session's own memory, to be read only."""
+        """The parameters' values on the CPU, in the spec's order.
+
+        The session's own memory, to be read only.
+        """
         return self._mirrors
 
     def check_ready(self) -> None:
@@ -172,7 +180,8 @@ class Session:
             if gradient is not None and not torch.isfinite(gradient).all():
                 name = self.spec.parameters[position].name
                 raise NonFiniteGradientError(
-                    f"the gradient of {name!r} holds a NaN or an infinity; the step was not applied",
+                    f"the gradient of {name!r} holds a NaN or an infinity;"
+                    " the step was not applied",
                     field=f"gradients[{name!r}]",
                     expected="finite numbers",
                     actual="NaN or infinity",
@@ -182,14 +191,15 @@ class Session:
         """Apply one optimizer step, then advance the schedule if it counts steps.
 
         Args:
-            gradients: One for each parameter, on the device, of its shape and dtype; None where there is none.
-                Consumed: the buffers may be overwritten.
+            gradients: One for each parameter, on the device, of its shape and dtype; None where
+                there is none. Consumed: the buffers may be overwritten.
 
         Returns:
             What the step did.
 
         Raises:
-            SessionStateError: The session cannot step, or its schedule has come to its end. Nothing was changed.
+            SessionStateError: The session cannot step, or its schedule has come to its end. Nothing
+                was changed.
             NoGradientError: There is not one gradient. Nothing was changed.
             NonFiniteGradientError: A gradient holds a NaN or an infinity. Nothing was changed.
         """
@@ -218,7 +228,9 @@ class Session:
         return outcome
 
     def end_epoch(self, epoch: int) -> None:
-        """End an epoch: advance the schedule if it counts epochs. Repeating the last one changes nothing.
+        """End an epoch: advance the schedule if it counts epochs.
+
+        Repeating the last one changes nothing.
 
         Args:
             epoch: Number of the epoch that ends, from 1.

@@ -1,4 +1,7 @@
-"""What a session is made from. A spec that exists has been checked against the limits and against itself."""
+"""What a session is made from.
+
+A spec that exists has been checked against the limits and against itself.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ Value = bool | int | float | str | tuple[float, ...] | tuple[int, ...] | tuple[s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """An optimizer, a scheduler or a loss: torch's name of it, and the arguments that were given."""
+    """An optimizer, a scheduler or a loss.
+
+    Torch's name of it, and the arguments that were given.
+    """
 
     kind: str
     """torch's name: ``Adam``."""

@@ -52,7 +52,7 @@ class TensorSpec:
 
 
 def byte_view(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor as a flat, writable view that shares its memory."""
+    """Return the bytes of a contiguous CPU tensor: a flat, writable view of its memory."""
     view: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
     return view
 
@@ -70,7 +70,8 @@ def check_fits(came: TensorSpec, parameter: TensorSpec, field: str) -> None:
     """
     if came.dtype != parameter.dtype:
         raise DataTypeMismatchError(
-            f"{came.name!r} came as {dtype_name(came.dtype)}; its parameter is {dtype_name(parameter.dtype)}",
+            f"{came.name!r} came as {dtype_name(came.dtype)};"
+            f" its parameter is {dtype_name(parameter.dtype)}",
             field=f"{field}.data_type",
             expected=dtype_name(parameter.dtype),
             actual=dtype_name(came.dtype),

@@ -1,1 +1,4 @@
-"""The gRPC adapter: decodes requests into the core's values, calls the core, encodes what it answers."""
+"""The gRPC adapter.
+
+Decodes requests into the core's values, calls the core, encodes what it answers.
+"""

@@ -15,7 +15,7 @@ from optserve_server.core.losses import LOSSES
 from optserve_server.core.optimizers import OPTIMIZERS
 from optserve_server.core.schedulers import SCHEDULERS
 from optserve_server.core.spec import Value
-from optserve_server.rpc.constraints import constraint_of
+from optserve_server.rpc.constraints import constraint_of, kind_of
 
 _TYPES = {
     FieldDescriptor.TYPE_DOUBLE: "double",
@@ -26,7 +26,7 @@ _TYPES = {
 
 
 def catalogue() -> GetCatalogueResponse:
-    """Return every optimizer, scheduler and loss with its hyperparameters, their defaults and a line of help."""
+    """Return everything that can be chosen, with hyperparameters, defaults and lines of help."""
     texts: dict[str, str] = json.loads(
         importlib.resources.files("optserve.v1").joinpath("help.json").read_text(encoding="utf-8")
     )
@@ -34,17 +34,17 @@ def catalogue() -> GetCatalogueResponse:
         optimizers=[
             _entry(
                 field,
-                optimizers.effective_hyperparameters(OPTIMIZERS[field.message_type.name], {}),
+                optimizers.effective_hyperparameters(OPTIMIZERS[kind_of(field).name], {}),
                 texts,
             )
             for field in _kinds(optimizer_pb2.Optimizer.DESCRIPTOR)
         ],
         schedulers=[
-            _entry(field, SCHEDULERS[field.message_type.name].defaults, texts)
+            _entry(field, SCHEDULERS[kind_of(field).name].defaults, texts)
             for field in _kinds(scheduler_pb2.Scheduler.DESCRIPTOR)
         ],
         losses=[
-            _entry(field, LOSSES[field.message_type.name].defaults, texts)
+            _entry(field, LOSSES[kind_of(field).name].defaults, texts)
             for field in _kinds(loss_pb2.Loss.DESCRIPTOR)
         ],
     )
@@ -57,7 +57,7 @@ def _kinds(message: Descriptor) -> list[FieldDescriptor]:
 def _entry(
     chosen: FieldDescriptor, defaults: Mapping[str, Value | None], texts: Mapping[str, str]
 ) -> CatalogueEntry:
-    message = chosen.message_type
+    message = kind_of(chosen)
     return CatalogueEntry(
         name=message.name,
         field=chosen.name,
@@ -81,7 +81,10 @@ def _type(field: FieldDescriptor) -> str:
 
 
 def _default(field: FieldDescriptor, defaults: Mapping[str, Value | None]) -> str | None:
-    """Return the default as Python writes it; None if the argument is required, or torch decides by itself."""
+    """Return the default as Python writes it.
+
+    None if the argument is required, or torch decides by itself.
+    """
     optional_tensor = field.message_type is not None or field.name in ("foreach", "fused")
     value = defaults.get(field.name)
     return "None" if value is None and optional_tensor else None if value is None else repr(value)

@@ -20,7 +20,8 @@ def session_change(
     """Decode a change, and rehearse it.
 
     Raises:
-        OptserveError: Something in it is not allowed, or torch keeps no state for it. Nothing was changed.
+        OptserveError: Something in it is not allowed, or torch keeps no state for it. Nothing was
+            changed.
     """
     own = [_own(request, group, session.spec, limits) for group in session.spec.groups]
     changed = [

@@ -1,17 +1,27 @@
-"""What the contract says beside its fields: constraints, and fields that this server does not know."""
+"""What the contract says beside its fields.
+
+Constraints, and fields that this server does not know.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from optserve.v1 import constraint_pb2
 from optserve.v1.constraint_pb2 import Constraint
 from optserve_server.core.errors import InvalidHyperparameterError, UnknownFieldError
+
+
+def kind_of(field: FieldDescriptor) -> Descriptor:
+    """Return the message that a field of a `kind` oneof holds: ``Adam``."""
+    message = field.message_type
+    assert message is not None
+    return message
 
 
 @functools.cache
@@ -66,11 +76,10 @@ def check_count(field: FieldDescriptor, count: int, path: str) -> None:
 
 def describe(constraint: Constraint) -> str:
     """Say a constraint in words: ``finite, at least 0 and below 1``."""
-    words = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
     bounds = [
-        f"{word} {getattr(constraint, name):g}"
-        for name, word in words.items()
-        if constraint.HasField(name)
+        f"{field.name.replace('_', ' ')} {value:g}"
+        for field, value in constraint.ListFields()
+        if field.name != "count"
     ]
     return ", ".join(["finite", " and ".join(bounds)] if bounds else ["finite"])
 
@@ -78,7 +87,8 @@ def describe(constraint: Constraint) -> str:
 def check_known(message: Message, path: str) -> None:
     """Make sure that a message, and every message in it, has only fields that this server knows.
 
-    protobuf would drop the others silently: a hyperparameter of a newer client would have no effect.
+    protobuf would drop the others silently: a hyperparameter of a newer client would have no
+    effect.
 
     Raises:
         UnknownFieldError: There is another one.

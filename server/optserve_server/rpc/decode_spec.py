@@ -60,7 +60,6 @@ def session_spec(message: session_pb2.SessionSpec, limits: Limits) -> SessionSpe
     )
     if scheduler:
         scheduler = Choice(kind=scheduler.kind, arguments=schedulers.effective_arguments(scheduler))
-    own = message.limits
     return SessionSpec(
         display_name=decode.display_name(message.display_name, limits),
         parameters=tuple(parameters),
@@ -76,9 +75,35 @@ def session_spec(message: session_pb2.SessionSpec, limits: Limits) -> SessionSpe
         loss=choice(message.loss, "spec.loss", limits) if message.HasField("loss") else None,
         workers=_workers(message.workers, limits),
         allow_non_finite=bool(decode.non_finite(message.non_finite)),
-        loss_points_max=_own_limit(own, "loss_points_max", limits.loss_points_max),
-        round_timeout_s=_own_limit(own, "round_timeout_s", limits.round_timeout_s),
+        loss_points_max=_loss_points_max(message.limits, limits),
+        round_timeout_s=_round_timeout_s(message.limits, limits),
     )
+
+
+def values(
+    messages: Sequence[tensor_pb2.Tensor], spec: SessionSpec, limits: Limits
+) -> Mapping[int, Tensor]:
+    """Decode values of parameters that came along with the spec, by the parameters' positions.
+
+    Raises:
+        OptserveError: One of them belongs to no parameter, or does not fit it.
+    """
+    positions = {parameter.name: i for i, parameter in enumerate(spec.parameters)}
+    decoded: dict[int, Tensor] = {}
+    for i, message in enumerate(messages):
+        field = f"values[{i}]"
+        position = positions.get(message.header.name)
+        if position is None or position in decoded:
+            raise UnknownNameError(
+                f"{message.header.name!r} is no parameter of the session, or is there twice",
+                field=f"{field}.header.name",
+                expected="each parameter once at most",
+                actual=message.header.name,
+            )
+        came = decode.tensor_spec(message.header, limits, f"{field}.header")
+        check_fits(came, spec.parameters[position], f"{field}.header")
+        decoded[position] = decode.tensor(message, limits, field)
+    return decoded
 
 
 def choice(
@@ -96,7 +121,8 @@ def choice(
         raise MissingFieldError(
             f"{field} chooses nothing; see GetCatalogue for what there is",
             field=field,
-            expected=f"one of {', '.join(each.name for each in message.DESCRIPTOR.oneofs[0].fields)}",
+            expected="one of "
+            + ", ".join(each.name for each in message.DESCRIPTOR.oneofs[0].fields),
         )
     chosen: Message = getattr(message, name)
     arguments = {
@@ -218,7 +244,10 @@ def _take(
 def _check_fixed(
     kind: OptimizerKind, own: Mapping[str, Value], session: Mapping[str, Value], field: str
 ) -> None:
-    """torch reads some hyperparameters once for all groups: a group's own would silently have no effect."""
+    """Torch reads some hyperparameters once for all groups.
+
+    A group's own would silently have no effect.
+    """
     in_force = optimizers.effective_hyperparameters(kind, session)
     for name in kind.fixed:
         if name in own and own[name] != in_force[name]:
@@ -268,7 +297,8 @@ def _check_floating(parameters: Sequence[TensorSpec]) -> None:
     for i, parameter in enumerate(parameters):
         if not parameter.dtype.is_floating_point:
             raise InvalidFieldError(
-                f"parameter {parameter.name!r} is not floating point; an optimizer moves it by fractions",
+                f"parameter {parameter.name!r} is not floating point;"
+                " an optimizer moves it by fractions",
                 field=f"spec.parameters[{i}].data_type",
                 expected="FP16, BF16, FP32 or FP64",
                 actual=str(parameter.dtype).removeprefix("torch."),
@@ -286,41 +316,27 @@ def _workers(count: int, limits: Limits) -> int:
     return count or 1
 
 
-def _own_limit(message: session_pb2.SessionLimits, name: str, most: float) -> float:
-    if not message.HasField(name):
-        return most
-    value = getattr(message, name)
-    if not 0 <= value <= most:
+def _loss_points_max(own: session_pb2.SessionLimits, limits: Limits) -> int:
+    if not own.HasField("loss_points_max"):
+        return limits.loss_points_max
+    if own.loss_points_max > limits.loss_points_max:
         raise LimitExceededError(
-            f"{name} is {value:g}; the server allows 0 to {most:g}",
-            field=f"spec.limits.{name}",
-            expected=f"0 to {most:g}",
-            actual=value,
+            f"the history may keep {limits.loss_points_max} points of each split",
+            field="spec.limits.loss_points_max",
+            expected=f"at most {limits.loss_points_max}",
+            actual=own.loss_points_max,
         )
-    return value
+    return own.loss_points_max
 
 
-def values(
-    messages: Sequence[tensor_pb2.Tensor], spec: SessionSpec, limits: Limits
-) -> Mapping[int, Tensor]:
-    """Decode values of parameters that came along with the spec, by the parameters' positions.
-
-    Raises:
-        OptserveError: One of them belongs to no parameter, or does not fit it.
-    """
-    positions = {parameter.name: i for i, parameter in enumerate(spec.parameters)}
-    decoded: dict[int, Tensor] = {}
-    for i, message in enumerate(messages):
-        field = f"values[{i}]"
-        position = positions.get(message.header.name)
-        if position is None or position in decoded:
-            raise UnknownNameError(
-                f"{message.header.name!r} is no parameter of the session, or is there twice",
-                field=f"{field}.header.name",
-                expected="each parameter once at most",
-                actual=message.header.name,
-            )
-        came = decode.tensor_spec(message.header, limits, f"{field}.header")
-        check_fits(came, spec.parameters[position], f"{field}.header")
-        decoded[position] = decode.tensor(message, limits, field)
-    return decoded
+def _round_timeout_s(own: session_pb2.SessionLimits, limits: Limits) -> float:
+    if not own.HasField("round_timeout_s"):
+        return limits.round_timeout_s
+    if not 0 < own.round_timeout_s <= limits.round_timeout_s:
+        raise LimitExceededError(
+            f"a step may wait above 0 and at most {limits.round_timeout_s:g} s for other workers",
+            field="spec.limits.round_timeout_s",
+            expected=f"above 0, at most {limits.round_timeout_s:g}",
+            actual=own.round_timeout_s,
+        )
+    return own.round_timeout_s

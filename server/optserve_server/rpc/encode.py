@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from torch import Tensor
@@ -25,6 +24,7 @@ from optserve_server.core.losses import LossOutcome
 from optserve_server.core.session import StepOutcome
 from optserve_server.core.spec import Choice, ScheduleUnit, SessionSpec, Split, Value
 from optserve_server.core.tensors import TensorSpec, byte_view, dtype_name, spec_of
+from optserve_server.rpc.constraints import kind_of
 
 _Oneof = TypeVar("_Oneof", optimizer_pb2.Optimizer, scheduler_pb2.Scheduler, loss_pb2.Loss)
 
@@ -105,14 +105,16 @@ def session_spec(spec: SessionSpec) -> session_pb2.SessionSpec:
 
 
 def choice(message: _Oneof, chosen: Choice) -> _Oneof:
-    """Fill a oneof with an optimizer, scheduler or loss and its arguments, by its descriptor; return it."""
+    """Fill a oneof with an optimizer, scheduler or loss and its arguments, by its descriptor.
+
+    Return it.
+    """
     fields = message.DESCRIPTOR.oneofs_by_name["kind"].fields
-    name = next(field.name for field in fields if field.message_type.name == chosen.kind)
-    arguments: Message = getattr(message, name)
-    arguments.SetInParent()
-    for field in arguments.DESCRIPTOR.fields:
-        if field.name in chosen.arguments:
-            _set(arguments, field, chosen.arguments[field.name])
+    for field in fields:
+        if kind_of(field).name == chosen.kind:
+            arguments: Message = getattr(message, field.name)
+            arguments.SetInParent()
+            _fill(arguments, chosen.arguments)
     return message
 
 
@@ -177,13 +179,17 @@ def _loss(chosen: Choice) -> loss_pb2.Loss:
     return choice(loss_pb2.Loss(), effective)
 
 
-def _set(message: Message, field: FieldDescriptor, value: Value) -> None:
-    if isinstance(value, tuple):
-        getattr(message, field.name).extend(value)
-    elif isinstance(value, Tensor):
-        getattr(message, field.name).CopyFrom(tensor("", value.cpu()))
-    elif field.enum_type is not None:
-        numbers = field.enum_type.values_by_name
-        setattr(message, field.name, numbers[f"REDUCTION_{str(value).upper()}"].number)
-    else:
-        setattr(message, field.name, value)
+def _fill(message: Message, arguments: Mapping[str, Value]) -> None:
+    for field in message.DESCRIPTOR.fields:
+        value = arguments.get(field.name)
+        if value is None:
+            continue
+        if isinstance(value, tuple):
+            getattr(message, field.name).extend(value)
+        elif isinstance(value, Tensor):
+            getattr(message, field.name).CopyFrom(tensor("", value.cpu()))
+        elif field.enum_type is not None:
+            number = loss_pb2.Reduction.Value(f"REDUCTION_{str(value).upper()}")
+            setattr(message, field.name, number)
+        else:
+            setattr(message, field.name, value)

@@ -22,7 +22,7 @@ from optserve_server.rpc import decode, encode, transfer
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
-_COPIES = 4  # Predictions and targets, and as much again for what torch computes between them and the gradient.
+_COPIES = 4  # What came, and what torch computes between it and the gradient.
 
 
 async def evaluate(
@@ -46,7 +46,8 @@ async def evaluate(
         request
     ):
         raise LimitExceededError(
-            f"the answer would hold the gradient's {specs[0].byte_count} bytes; use EvaluateLossStream",
+            f"the answer would hold the gradient's {specs[0].byte_count} bytes;"
+            " use EvaluateLossStream",
             field="predictions",
             expected=f"at most {(limits.message_bytes_max - MESSAGE_HEADROOM_BYTES) // 2} bytes",
             actual=f"{specs[0].byte_count} bytes",

@@ -1,4 +1,7 @@
-"""The boundary of the service: what comes in is counted and decoded safely, what goes wrong is told properly."""
+"""The boundary of the service.
+
+What comes in is counted and decoded safely, what goes wrong is told properly.
+"""
 
 from __future__ import annotations
 

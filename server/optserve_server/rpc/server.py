@@ -28,7 +28,7 @@ class AddressInUseError(Exception):
     """The address cannot be bound; the message says which."""
 
 
-class HealthServicer(health.aio.HealthServicer):
+class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc, name-defined] # untyped
     """grpcio's health service, with the List that it lacks."""
 
     async def List(
@@ -93,11 +93,11 @@ class Server:
         await self._health.enter_graceful_shutdown()
 
     async def stop(self, grace_s: float) -> None:
-        """Take no more calls, let those that go on end by themselves for ``grace_s``, then end them."""
+        """Take no more calls; those that go on have ``grace_s`` to end, and are ended then."""
         await self._server.stop(grace_s)
 
     def _add_reflection(self) -> None:
-        """Serve reflection as v1alpha, which is all that grpcio has, and as v1, of which the messages are the same."""
+        """Serve reflection as v1alpha, which is all that grpcio has, and as its equal v1."""
         names = [SERVICE.full_name, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
         names += [_REFLECTION.format(version) for version in ("v1", "v1alpha")]
         reflection.enable_server_reflection(names, self._server)

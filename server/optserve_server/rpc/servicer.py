@@ -28,7 +28,11 @@ _RETRY_AFTER_S = 5.0
 
 
 class OptimizerServicer(OptimizerServiceServicer):
-    """The service over a registry of sessions. What a method raises, the Boundary translates."""
+    """The service over a registry of sessions. What a method raises, the Boundary translates.
+
+    Methods that answer with a stream write to their context instead of yielding, so that a client
+    that does not read can be let go in time.
+    """
 
     def __init__(self, registry: SessionRegistry) -> None:
         """Serve ``registry``."""
@@ -95,14 +99,14 @@ class OptimizerServicer(OptimizerServiceServicer):
             actor = await parameters.upload(request_iterator, self._registry)
             return pb.UploadParametersResponse(status=encode.session_status(actor))
 
-    async def DownloadParameters(
+    async def DownloadParameters(  # type: ignore[override] # writes by its context
         self, request: pb.DownloadParametersRequest, context: _Context
     ) -> None:
         """Send values of parameters."""
         with self._stream():
             await parameters.download(request, context, self._registry)
 
-    async def Train(
+    async def Train(  # type: ignore[override] # writes by its context
         self, request_iterator: AsyncIterator[pb.TrainRequest], context: _Context
     ) -> None:
         """Serve one worker's stream."""
@@ -125,7 +129,7 @@ class OptimizerServicer(OptimizerServiceServicer):
         """Compute the loss of what came in one message."""
         return await evaluate.evaluate(request, self._registry)
 
-    async def EvaluateLossStream(
+    async def EvaluateLossStream(  # type: ignore[override] # writes by its context
         self, request_iterator: AsyncIterator[pb.EvaluateLossStreamRequest], context: _Context
     ) -> None:
         """Compute the loss of what comes in chunks."""
@@ -174,7 +178,8 @@ class OptimizerServicer(OptimizerServiceServicer):
         """
         if self._streams >= self._limits.streams_max:
             raise TooManyError(
-                f"there are {self._streams} streams open, which is as many as allowed; try again later",
+                f"there are {self._streams} streams open, which is as many as allowed;"
+                " try again later",
                 expected=f"at most {self._limits.streams_max} streams",
                 retry_after_s=_RETRY_AFTER_S,
             )
@@ -190,7 +195,8 @@ def _check_answer_fits(spec: SessionSpec, message_bytes_max: int) -> None:
     count = encode.session_spec(spec).ByteSize()
     if count > message_bytes_max - MESSAGE_HEADROOM_BYTES:
         raise LimitExceededError(
-            f"the session's spec has {count} bytes as a message; use fewer parameters or shorter names",
+            f"the session's spec has {count} bytes as a message;"
+            " use fewer parameters or shorter names",
             field="spec.parameters",
             expected=f"at most {message_bytes_max - MESSAGE_HEADROOM_BYTES} bytes",
             actual=f"{count} bytes",

@@ -14,40 +14,44 @@ from optserve.reasons import DOMAIN, reason_name
 from optserve.v1.error_pb2 import Reason, Refusal
 from optserve_server.core import errors
 
+_CALLER = grpc.StatusCode.INVALID_ARGUMENT
+_STATE = grpc.StatusCode.FAILED_PRECONDITION
+_LIMIT = grpc.StatusCode.RESOURCE_EXHAUSTED
+
 _Row = tuple[grpc.StatusCode, Reason.ValueType]
 
 STATUS: dict[type[errors.OptserveError], _Row] = {
-    errors.MalformedMessageError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_MALFORMED_MESSAGE),
-    errors.UnknownFieldError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_UNKNOWN_FIELD),
-    errors.MissingFieldError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_MISSING_FIELD),
-    errors.InvalidFieldError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_INVALID_FIELD),
-    errors.InvalidNameError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_INVALID_NAME),
-    errors.UnknownNameError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_UNKNOWN_NAME),
-    errors.InvalidHyperparameterError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_INVALID_HYPERPARAMETER),
-    errors.InvalidExpressionError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_INVALID_EXPRESSION),
-    errors.ShapeMismatchError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_SHAPE_MISMATCH),
-    errors.DataTypeMismatchError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_DATA_TYPE_MISMATCH),
-    errors.ByteCountMismatchError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_BYTE_COUNT_MISMATCH),
-    errors.ChunkOutOfOrderError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_CHUNK_OUT_OF_ORDER),
-    errors.EventOutOfOrderError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_EVENT_OUT_OF_ORDER),
-    errors.NonFiniteGradientError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_NON_FINITE_GRADIENT),
-    errors.NoGradientError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_NO_GRADIENT),
-    errors.TargetOutOfRangeError: (grpc.StatusCode.INVALID_ARGUMENT, Reason.REASON_TARGET_OUT_OF_RANGE),
+    errors.MalformedMessageError: (_CALLER, Reason.REASON_MALFORMED_MESSAGE),
+    errors.UnknownFieldError: (_CALLER, Reason.REASON_UNKNOWN_FIELD),
+    errors.MissingFieldError: (_CALLER, Reason.REASON_MISSING_FIELD),
+    errors.InvalidFieldError: (_CALLER, Reason.REASON_INVALID_FIELD),
+    errors.InvalidNameError: (_CALLER, Reason.REASON_INVALID_NAME),
+    errors.UnknownNameError: (_CALLER, Reason.REASON_UNKNOWN_NAME),
+    errors.InvalidHyperparameterError: (_CALLER, Reason.REASON_INVALID_HYPERPARAMETER),
+    errors.InvalidExpressionError: (_CALLER, Reason.REASON_INVALID_EXPRESSION),
+    errors.ShapeMismatchError: (_CALLER, Reason.REASON_SHAPE_MISMATCH),
+    errors.DataTypeMismatchError: (_CALLER, Reason.REASON_DATA_TYPE_MISMATCH),
+    errors.ByteCountMismatchError: (_CALLER, Reason.REASON_BYTE_COUNT_MISMATCH),
+    errors.ChunkOutOfOrderError: (_CALLER, Reason.REASON_CHUNK_OUT_OF_ORDER),
+    errors.EventOutOfOrderError: (_CALLER, Reason.REASON_EVENT_OUT_OF_ORDER),
+    errors.NonFiniteGradientError: (_CALLER, Reason.REASON_NON_FINITE_GRADIENT),
+    errors.NoGradientError: (_CALLER, Reason.REASON_NO_GRADIENT),
+    errors.TargetOutOfRangeError: (_CALLER, Reason.REASON_TARGET_OUT_OF_RANGE),
     errors.SessionNotFoundError: (grpc.StatusCode.NOT_FOUND, Reason.REASON_SESSION_NOT_FOUND),
-    errors.ParametersNotSetError: (grpc.StatusCode.FAILED_PRECONDITION, Reason.REASON_PARAMETERS_NOT_SET),
-    errors.LossNotSetError: (grpc.StatusCode.FAILED_PRECONDITION, Reason.REASON_LOSS_NOT_SET),
+    errors.ParametersNotSetError: (_STATE, Reason.REASON_PARAMETERS_NOT_SET),
+    errors.LossNotSetError: (_STATE, Reason.REASON_LOSS_NOT_SET),
     errors.StepOutOfOrderError: (grpc.StatusCode.OUT_OF_RANGE, Reason.REASON_STEP_OUT_OF_ORDER),
     errors.EpochOutOfOrderError: (grpc.StatusCode.OUT_OF_RANGE, Reason.REASON_EPOCH_OUT_OF_ORDER),
-    errors.EpochEmptyError: (grpc.StatusCode.FAILED_PRECONDITION, Reason.REASON_EPOCH_EMPTY),
+    errors.EpochEmptyError: (_STATE, Reason.REASON_EPOCH_EMPTY),
     errors.WorkerBusyError: (grpc.StatusCode.ALREADY_EXISTS, Reason.REASON_WORKER_BUSY),
     errors.RoundTimeoutError: (grpc.StatusCode.DEADLINE_EXCEEDED, Reason.REASON_ROUND_TIMEOUT),
-    errors.ScheduleFailedError: (grpc.StatusCode.FAILED_PRECONDITION, Reason.REASON_SCHEDULE_FAILED),
+    errors.ScheduleFailedError: (_STATE, Reason.REASON_SCHEDULE_FAILED),
     errors.SessionFailedError: (grpc.StatusCode.DATA_LOSS, Reason.REASON_SESSION_FAILED),
     errors.SessionDeletedError: (grpc.StatusCode.ABORTED, Reason.REASON_SESSION_DELETED),
     errors.StalledError: (grpc.StatusCode.DEADLINE_EXCEEDED, Reason.REASON_STALLED),
-    errors.TooManyError: (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.REASON_TOO_MANY),
-    errors.MemoryExhaustedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.REASON_MEMORY_EXHAUSTED),
-    errors.LimitExceededError: (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.REASON_LIMIT_EXCEEDED),
+    errors.TooManyError: (_LIMIT, Reason.REASON_TOO_MANY),
+    errors.MemoryExhaustedError: (_LIMIT, Reason.REASON_MEMORY_EXHAUSTED),
+    errors.LimitExceededError: (_LIMIT, Reason.REASON_LIMIT_EXCEEDED),
     errors.DrainingError: (grpc.StatusCode.UNAVAILABLE, Reason.REASON_DRAINING),
 }  # fmt: skip
 """Status code and reason of every leaf of the error tree; a test proves it total."""
@@ -63,7 +67,7 @@ def reason_of(error: errors.OptserveError) -> str:
 def refusal(error: errors.OptserveError) -> Refusal:
     """Return the error as a message, for a stream that goes on."""
     code, reason = STATUS[type(error)]
-    number: int = code.value[0]  # type: ignore[index]  # types-grpcio calls it an int.
+    number: int = code.value[0]
     return Refusal(
         code=number,
         reason=reason,
@@ -104,7 +108,7 @@ async def _abort(
         domain=DOMAIN,
         metadata={name: fact[:_FACT_CHARS_MAX] for name, fact in facts.items() if fact},
     )
-    rich = status_pb2.Status(code=code.value[0], message=message[: 2 * _FACT_CHARS_MAX])  # type: ignore[index]
+    rich = status_pb2.Status(code=code.value[0], message=message[: 2 * _FACT_CHARS_MAX])
     for detail in (info, *details):
         packed = AnyMessage()
         packed.Pack(detail)

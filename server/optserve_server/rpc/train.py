@@ -1,4 +1,7 @@
-"""Train and Step: one worker's steps, on a stream or one in a message; both take the same way to a commit."""
+"""Train and Step: one worker's steps, on a stream or one in a message.
+
+Both take the same way to a commit.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +125,10 @@ class _WorkerStream:
                 await self._refuse(error)
 
     async def _next(self) -> pb.TrainRequest | None:
-        """Return the next event; None at the half-close. Between two steps the stream may rest for ever."""
+        """Return the next event; None at the half-close.
+
+        Between two steps the stream may rest for ever.
+        """
         if self._contribution is None:
             return await anext(self._requests, None)
         return await transfer.next_or_none(self._requests, self._limits)
@@ -203,7 +209,10 @@ def _check_answer_fits(actor: SessionActor, message_bytes_max: int) -> None:
 
 
 def _fill(contribution: Contribution, request: pb.StepRequest, specs: Sequence[TensorSpec]) -> int:
-    """Copy the message's gradients to where the contribution wants them; return how many bytes they are."""
+    """Copy the message's gradients to where the contribution wants them.
+
+    Return how many bytes they are.
+    """
     for i, (spec, gradient) in enumerate(zip(specs, request.gradients, strict=True)):
         data = gradient.data
         decode.check_byte_count(spec, len(data), f"gradients[{i}].data")
