@@ -36,7 +36,7 @@ def documented() -> Metrics:
     text = (ROOT / "server" / "docs" / "operations.md").read_text()
     metrics: Metrics = {}
     for line in text.partition("### Metrics")[2].partition("### Alerts")[0].splitlines():
-        row = re.fullmatch(r"\| `(\w+)` \| (\w+) \| (.*) \| (.*) \|", line)
+        row = re.fullmatch(r"\| `(\w+)` \| (\w+) \|(.*)\| (.*) \|", line)
         if row and "CUDA only" not in row[4]:
             metrics[row[1]] = (row[2], frozenset(re.findall(r"`(\w+)`", row[3])))
     return metrics
