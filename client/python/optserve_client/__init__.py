@@ -63,7 +63,14 @@ from optserve_client.errors import (
     WorkerBusyError,
 )
 from optserve_client.progress import ProgressCallback, TransferProgress
-from optserve_client.results import LossHistory, LossPoint, LossResult, Split, StepResult
+from optserve_client.results import (
+    LossHistory,
+    LossPoint,
+    LossResult,
+    Parameters,
+    Split,
+    StepResult,
+)
 from optserve_client.session import Session
 from optserve_client.tensors import BF16, from_bfloat16, tensor, to_bfloat16
 
@@ -92,6 +99,7 @@ __all__ = [
     "NonFiniteGradientError",
     "OptserveError",
     "ParameterGroup",
+    "Parameters",
     "ParametersNotSetError",
     "Placeholder",
     "ProgressCallback",

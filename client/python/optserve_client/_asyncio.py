@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
-from typing import TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from optserve.v1.optimizer_service_pb2 import TrainRequest
-from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceAsyncStub
 from optserve_client._channel import CLOSE_TIMEOUT_S
 from optserve_client._effects import Ask, Collect, Effect, Operation, Train
 from optserve_client._exchange import TrainExchange
 from optserve_client._refusals import CallSite, deadline_error, from_grpc
 from optserve_client.errors import ClosedError, ProtocolError
+
+if TYPE_CHECKING:  # A name of the stubs only.
+    from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceAsyncStub
 
 _Result = TypeVar("_Result")
 _Outbox: TypeAlias = asyncio.Queue[Iterator[TrainRequest] | None]

@@ -20,10 +20,6 @@ from optserve_client._refusals import CallSite, deadline_error, from_grpc
 from optserve_client._watchdog import Watchdog
 from optserve_client.errors import ClosedError, ProtocolError
 
-CLOSE_TIMEOUT_S = (
-    2.0  # For the server to end a stream that we have half-closed; then it is cancelled.
-)
-
 _Result = TypeVar("_Result")
 _ResponseT_co = TypeVar("_ResponseT_co", bound=Message, covariant=True)
 _Outbox: TypeAlias = queue.SimpleQueue[Iterator[TrainRequest] | None]

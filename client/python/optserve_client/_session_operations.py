@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TypeAlias, Unpack
 
 from numpy.typing import ArrayLike
@@ -26,7 +25,7 @@ from optserve_client.errors import (
     UnknownNameError,
 )
 from optserve_client.progress import TransferReporter
-from optserve_client.results import StepResult, step_result
+from optserve_client.results import Parameters, StepResult, step_result
 from optserve_client.tensors import Array, allocate, bytes_of, encode_as, from_tensor, messages
 
 Gradients: TypeAlias = Mapping[str, ArrayLike | None]
@@ -59,29 +58,29 @@ class SessionOperations:
         self.terms = terms
         self._via = via
         self._headers = {header.name: header for header in session.spec.parameters}
-        self._parameters: dict[str, Array] = {}
+        self._values: dict[str, Array] = {}
 
     @property
-    def parameters(self) -> Mapping[str, Array]:
+    def parameters(self) -> Parameters:
         """The newest values, read-only, in the session's order.
 
         Raises:
             ParametersNotSetError: This client does not know all of them.
         """
-        if len(self._parameters) < len(self._headers):
+        if len(self._values) < len(self._headers):
             raise ParametersNotSetError.local(
                 "the values of the parameters are not known here: download() or upload() them first"
             )
-        return MappingProxyType(self._parameters)
+        return Parameters(self._values, steps=self.steps)
 
     def keep(self, headers: Sequence[TensorHeader], tensors: Sequence[memoryview]) -> None:
         """Remember copies of values that the server has now."""
-        known = dict(self._parameters)
+        known = dict(self._values)
         for header, data, array in zip(headers, tensors, allocate(headers), strict=True):
             bytes_of(array)[:] = data  # copy: the caller's tensor to ours.
             array.flags.writeable = False
             known[header.name] = array
-        self._parameters = {name: known[name] for name in self._headers if name in known}
+        self._values = {name: known[name] for name in self._headers if name in known}
 
     def upload(self, values: Mapping[str, ArrayLike]) -> Operation[SessionStatus]:
         """Set the values of some or all parameters: all of these, or none."""
@@ -102,12 +101,12 @@ class SessionOperations:
         self.keep(headers, tensors)
         return response.status
 
-    def download(self, names: Sequence[str] | None = None) -> Operation[Mapping[str, Array]]:
+    def download(self, names: Sequence[str] | None = None) -> Operation[Parameters]:
         """Fetch values as they are between two steps; all of them become what is known here."""
         wanted = list(self._headers) if names is None else names
         headers = [self._header_of(name, "names", at) for at, name in enumerate(wanted)]
         if not headers:  # On the wire, no names would mean all of them.
-            return MappingProxyType({})
+            return Parameters({}, steps=(yield from self.status()).steps)
         with self.terms.reporter.transfer("download", _total_bytes(headers)) as advance:
             download = exchanges.Download(headers, advance)
             yield Collect(
@@ -118,8 +117,8 @@ class SessionOperations:
             )
         values = dict(zip(wanted, download.finish(), strict=True))
         if names is None:
-            self._parameters, self.steps = values, download.steps
-        return MappingProxyType(values)
+            self._values, self.steps = values, download.steps
+        return Parameters(values, steps=download.steps)
 
     def open(self) -> Operation[SessionStatus]:
         """Open the worker's stream, if it is not open, and learn where the session stands."""
@@ -158,7 +157,7 @@ class SessionOperations:
                 " or take the same step again, which applies it once",
                 code=error.code,
             ) from error
-        self._parameters = dict(zip(self._headers, arrays, strict=True))
+        self._values = dict(zip(self._headers, arrays, strict=True))
         self.steps, self.epochs = result.step, result.epochs
         return step_result(result)
 

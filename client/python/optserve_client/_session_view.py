@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from optserve.v1.session_pb2 import SessionSpec
 from optserve_client._session_operations import SessionOperations
-from optserve_client.tensors import Array
+from optserve_client.results import Parameters
 
 
 class SessionView:
@@ -31,7 +29,7 @@ class SessionView:
         return self._operations.spec
 
     @property
-    def parameters(self) -> Mapping[str, Array]:
+    def parameters(self) -> Parameters:
         """The newest values that are known here: read-only arrays, in the session's order.
 
         Each step makes new arrays; those taken before stay as they are.

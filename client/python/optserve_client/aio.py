@@ -15,16 +15,13 @@ import weakref
 from collections.abc import AsyncIterator, Coroutine, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
 
 import grpc
 from numpy.typing import ArrayLike
 
 from optserve.v1.optimizer_service_pb2 import GetCatalogueResponse, GetServerInfoResponse
-from optserve.v1.optimizer_service_pb2_grpc import (
-    OptimizerServiceAsyncStub,
-    OptimizerServiceStub,
-)
+from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 from optserve.v1.session_pb2 import Session as SessionMessage
 from optserve.v1.session_pb2 import SessionStatus
 from optserve_client._asyncio import AsyncDriver
@@ -38,8 +35,10 @@ from optserve_client._spec import SessionOptions, UpdateOptions, Via
 from optserve_client.config import ClientConfig
 from optserve_client.errors import OptserveError
 from optserve_client.progress import ProgressCallback, TransferReporter
-from optserve_client.results import LossHistory, LossResult, Split, StepResult
-from optserve_client.tensors import Array
+from optserve_client.results import LossHistory, LossResult, Parameters, Split, StepResult
+
+if TYPE_CHECKING:  # A name of the stubs only.
+    from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceAsyncStub
 
 __all__ = ["Client", "Session", "connect"]
 
@@ -255,7 +254,7 @@ class Session(SessionView):
         """Set values of parameters: all of these, or none."""
         return await self._driver.run(self._operations.upload(values))
 
-    async def download(self, names: Sequence[str] | None = None) -> Mapping[str, Array]:
+    async def download(self, names: Sequence[str] | None = None) -> Parameters:
         """Fetch values of parameters, as ``optserve_client.Session.download``."""
         return await self._driver.run(self._operations.download(names))
 

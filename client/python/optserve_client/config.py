@@ -20,9 +20,9 @@ class ClientConfig:
     """Until the server has given its first answer."""
     timeout_s: float = 60.0
     """For a call that moves no more than a message each way."""
-    step_timeout_s: float = 600.0
-    """For one step, with its tensors and with the wait for other workers. Longer than the server's
-    own ``round_timeout_s``, whose refusal says more, and keeps the contribution."""
+    step_timeout_s: float = 660.0
+    """For one step, with its tensors and with the wait for other workers. Should be longer than the
+    server's own ``round_timeout_s``, by default 600, whose refusal says more than silence."""
     transfer_timeout_s: float = 600.0
     """For an upload, a download, or the evaluation of a loss whose tensors need a stream."""
     chunk_bytes: int = CHUNK_BYTES_MAX

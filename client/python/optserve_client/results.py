@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal, TypeAlias, overload
@@ -18,6 +18,27 @@ SPLITS: dict[Split, session_pb2.Split.ValueType] = {
     "train": session_pb2.Split.SPLIT_TRAIN,
     "validation": session_pb2.Split.SPLIT_VALIDATION,
 }
+
+
+class Parameters(Mapping[str, Array]):
+    """Values of parameters: read-only arrays by name, in the session's order."""
+
+    def __init__(self, values: Mapping[str, Array], *, steps: int) -> None:
+        """Hold ``values`` as they are after ``steps`` steps."""
+        self._values = values
+        self.steps = steps
+
+    def __getitem__(self, name: str) -> Array:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Parameters({dict(self._values)!r}, steps={self.steps})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,7 @@ from optserve_client._session_operations import Gradients, SessionOperations
 from optserve_client._session_view import SessionView
 from optserve_client._spec import UpdateOptions, Via
 from optserve_client.errors import OptserveError
-from optserve_client.results import LossHistory, LossResult, Split, StepResult
-from optserve_client.tensors import Array
+from optserve_client.results import LossHistory, LossResult, Parameters, Split, StepResult
 
 
 class Session(SessionView):
@@ -74,7 +73,8 @@ class Session(SessionView):
                 gradient, which is not a gradient of zeros: parameter and optimizer state stay as
                 they are. Nothing is converted. Must not change until the call returns.
             step: Number of the step, from 1. None: the one after the last step that was answered.
-            via: How this step travels. None: as the session was made or joined.
+            via: How this step travels. None: as the session was made or joined. No unary step is
+                taken for a worker whose stream is open: one call at a time sends for each.
 
         Returns:
             What the step did, with the learning rates used *by* it.
@@ -156,7 +156,7 @@ class Session(SessionView):
         """Set values of parameters: all of these, or none. The optimizer's state stays."""
         return self._driver.run(self._operations.upload(values))
 
-    def download(self, names: Sequence[str] | None = None) -> Mapping[str, Array]:
+    def download(self, names: Sequence[str] | None = None) -> Parameters:
         """Fetch values of parameters as they are between two steps.
 
         Args:

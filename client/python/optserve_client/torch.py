@@ -1,0 +1,246 @@
+"""An optimizer for a torch training loop whose step happens on a server.
+
+::
+
+    with optserve_client.connect("localhost:50051") as client:
+        adam = optserve_client.optim.Adam(lr=1e-3)
+        with RemoteOptimizer(model.named_parameters(), client, optimizer=adam) as optimizer:
+            for inputs, targets in loader:
+                optimizer.zero_grad()
+                loss_function(model(inputs), targets).backward()
+                optimizer.step()  # sends .grad, and writes the new values into the parameters
+
+This is the only module that imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, Self, TypeAlias, Unpack
+
+import numpy as np
+import torch
+
+from optserve.v1.session_pb2 import SessionStatus
+from optserve_client._spec import ParameterGroup, SessionOptions
+from optserve_client.client import Client
+from optserve_client.optim import AnyOptimizer
+from optserve_client.results import StepResult
+from optserve_client.session import Session
+from optserve_client.tensors import BF16, Array
+
+__all__ = ["RemoteOptimizer"]
+
+NamedParameters: TypeAlias = Iterable[tuple[str, torch.Tensor]]
+"""What ``model.named_parameters()`` gives."""
+
+Groups: TypeAlias = Iterable[Mapping[str, Any]]
+"""As torch has them: ``{"params": named parameters, "lr": 0.01}``, with a ``name`` if you like."""
+
+
+class RemoteOptimizer:
+    """The optimizer of a session, in the place of one of torch's.
+
+    As a context manager it is closed at the end of the block.
+    """
+
+    def __init__(
+        self, params: NamedParameters | Groups, client: Client, **options: Unpack[SessionOptions]
+    ) -> None:
+        """Create a session with the parameters' values; it is deleted when this is closed.
+
+        Args:
+            params: ``model.named_parameters()``, or groups of named parameters with hyperparameters
+                of their own. FP32, FP64, FP16 or BF16, on any device; nothing is converted.
+            client: Of the server.
+            options: As of ``Client.create_session``.
+
+        Raises:
+            TypeError: Parameters have no names.
+            ValueError: A name, or a parameter, stands twice, or a group has an unknown key.
+            RequestError: The server refuses something in it.
+        """
+        parameters, groups = _read(params, options["optimizer"])
+        self._mirrors = {name: _Mirror(parameter) for name, parameter in parameters.items()}
+        values = {name: mirror.values() for name, mirror in self._mirrors.items()}
+        _wait_for_devices(self._mirrors.values())
+        options["groups"] = [*options.get("groups", ()), *groups]
+        self._session = client.create_session(values, **options)
+
+    @classmethod
+    def join(cls, params: NamedParameters, client: Client, session_id: str, *, worker: int) -> Self:
+        """Take part in a session that another worker has created, and load its values.
+
+        Args:
+            params: ``model.named_parameters()`` of the same model.
+            client: Of the server.
+            session_id: Of the session; it lives on when this is closed.
+            worker: Which of its workers to be, from 0.
+
+        Raises:
+            ValueError: The session's parameters are not these.
+        """
+        parameters, _ = _read(params, None)
+        session = client.join_session(session_id, worker=worker)
+        if session.parameters.keys() != parameters.keys():
+            session.close()
+            raise ValueError("the session's parameters have other names than the model's")
+        self = cls.__new__(cls)
+        self._mirrors = {name: _Mirror(parameter) for name, parameter in parameters.items()}
+        self._session = session
+        self._write()
+        return self
+
+    @property
+    def session(self) -> Session:
+        """The session: its status, its loss, its learning rates."""
+        return self._session
+
+    def step(self) -> StepResult:
+        """Send every parameter's ``.grad``, and write the new values into the parameters.
+
+        A ``.grad`` that is None is no gradient, as for torch: the parameter stays as it is.
+
+        Raises:
+            OptserveError: As of ``Session.step``; no parameter was changed.
+        """
+        gradients = {name: mirror.gradient() for name, mirror in self._mirrors.items()}
+        _wait_for_devices(self._mirrors.values())
+        result = self._session.step(gradients)
+        self._write()
+        return result
+
+    def zero_grad(self, *, set_to_none: bool = True) -> None:
+        """Forget every parameter's gradient, or set it to zeros."""
+        for mirror in self._mirrors.values():
+            mirror.zero_grad(set_to_none=set_to_none)
+
+    def end_epoch(self) -> SessionStatus:
+        """End an epoch: a scheduler that counts epochs advances."""
+        return self._session.end_epoch()
+
+    def close(self) -> None:
+        """Delete the session if it was created here, else leave it. May be called again."""
+        self.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._session.__exit__(kind, error, traceback)
+
+    def _write(self) -> None:
+        for name, values in self._session.parameters.items():
+            self._mirrors[name].write(values)
+
+
+class _Mirror:
+    """A parameter, and the host memory through which it travels if it lives on another device."""
+
+    def __init__(self, parameter: torch.Tensor) -> None:
+        self._parameter = parameter
+        self._staging = None
+        if parameter.device.type != "cpu":
+            # Pinned, so that the copies to and from the GPU are as fast as the bus.
+            self._staging = torch.empty(
+                parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda
+            )
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether copies from it are still under way until its device has been waited for."""
+        return self._parameter.is_cuda
+
+    def values(self) -> Array:
+        """Return the parameter's values, in host memory."""
+        return self._to_host(self._parameter)
+
+    def gradient(self) -> Array | None:
+        """Return the parameter's gradient, in host memory; None if it has none."""
+        gradient = self._parameter.grad
+        if gradient is None:
+            return None
+        if gradient.layout != torch.strided:
+            raise TypeError(f"a gradient is {gradient.layout}; make it dense with .to_dense()")
+        return self._to_host(gradient)
+
+    def write(self, values: Array) -> None:
+        """Set the parameter's values in place, as an optimizer of torch does."""
+        if self._staging is None:
+            np.copyto(_array_of(self._parameter), values)  # copy: the session's to the parameter.
+            # So that autograd knows, and refuses a backward pass through what was there before.
+            torch.autograd.graph.increment_version(self._parameter)
+        else:
+            np.copyto(_array_of(self._staging), values)  # copy: the session's to pinned memory.
+            with torch.no_grad():
+                self._parameter.copy_(self._staging, non_blocking=True)  # copy: to the device.
+
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        """Forget the gradient, or set it to zeros."""
+        if set_to_none:
+            self._parameter.grad = None
+        elif self._parameter.grad is not None:
+            self._parameter.grad = self._parameter.grad.detach().zero_()
+
+    def _to_host(self, tensor: torch.Tensor) -> Array:
+        if self._staging is None:
+            return _array_of(tensor)
+        self._staging.copy_(tensor.detach(), non_blocking=True)  # copy: device to pinned memory.
+        return _array_of(self._staging)
+
+
+def _array_of(tensor: torch.Tensor) -> Array:
+    """Return the array that shares a CPU tensor's memory."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(BF16)
+    array: Array = tensor.numpy()
+    return array
+
+
+def _wait_for_devices(mirrors: Iterable[_Mirror]) -> None:
+    if any(mirror.is_cuda for mirror in mirrors):
+        torch.cuda.synchronize()
+
+
+def _read(
+    params: NamedParameters | Groups, optimizer: AnyOptimizer | None
+) -> tuple[dict[str, torch.Tensor], list[ParameterGroup]]:
+    """Return the parameters by name, and the groups that they were given in."""
+    parameters: dict[str, torch.Tensor] = {}
+    groups: list[ParameterGroup] = []
+    seen: set[int] = set()
+
+    def take(named: NamedParameters) -> list[str]:
+        names = []
+        for item in named:
+            if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
+                raise TypeError("parameters need names: pass model.named_parameters()")
+            name, parameter = item
+            if name in parameters or id(parameter) in seen:
+                raise ValueError(f"parameter {name!r} stands twice")
+            parameters[name] = parameter
+            seen.add(id(parameter))
+            names.append(name)
+        return names
+
+    items = list(params)
+    if not all(isinstance(item, Mapping) for item in items):
+        take(items)
+        return parameters, []
+    for number, group in enumerate(items):
+        overrides = {key: group[key] for key in group if key not in {"params", "name"}}
+        groups.append(
+            ParameterGroup(
+                name=group.get("name", f"group{number}"),
+                parameters=take(group["params"]),
+                overrides=type(optimizer)(**overrides) if overrides else None,
+            )
+        )
+    return parameters, groups
