@@ -163,7 +163,7 @@ def _mark(report: Report, name: str) -> str:
 
 
 def _problem(failure: dict[str, object] | None) -> str | None:
-    return failure and f"act {failure['act']}: {failure['problem']}"
+    return None if failure is None else f"act {failure['act']}: {failure['problem']}"
 
 
 def _address_of(process: subprocess.Popen[bytes], ready: Path) -> str:

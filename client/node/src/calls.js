@@ -1,24 +1,37 @@
 /** Calls on the channel: every one with a deadline, every error one of ours, and no write faster than the wire. */
-import { status as Code } from '@grpc/grpc-js';
+import { setTimeout as delay } from 'node:timers/promises';
 
-import { ConnectionError, errorFromStatus } from './errors.js';
+import {
+  ClosedError,
+  DeadlineError,
+  errorFromStatus,
+  ProtocolError,
+  SessionError,
+  UnavailableError,
+} from './errors.js';
 
 /** @typedef {{[key: string]: any}} Message */
 /** @typedef {'createSession' | 'getSession' | 'listSessions' | 'updateSession' | 'deleteSession' | 'step' | 'endEpoch'
  *   | 'evaluateLoss' | 'listLossPoints' | 'getCatalogue' | 'getServerInfo'} UnaryMethod */
 /** @typedef {'downloadParameters' | 'train' | 'evaluateLossStream'} AnsweringMethod Those that answer with a stream. */
 
+const BACKOFF_S = 0.2; // Before the second attempt; doubles with each further one.
 const GOODBYE_S = 5; // How long leaving waits for the server to end its side.
 
 /** The methods of the service, called. */
 export class Calls {
   #stub;
+  #retries;
   /** @type {Set<Stream>} */ #open = new Set();
   #closed = false;
 
-  /** @param {import('@grpc/grpc-js').Client} stub @param {number} timeoutS */
-  constructor(stub, timeoutS) {
+  /**
+   * @param {import('@grpc/grpc-js').Client} stub
+   * @param {{timeoutS: number, retries: number}} patience
+   */
+  constructor(stub, { timeoutS, retries }) {
     this.#stub = /** @type {any} */ (stub);
+    this.#retries = retries;
     this.timeoutS = timeoutS;
   }
 
@@ -50,7 +63,10 @@ export class Calls {
     const call = this.#stub.uploadParameters(settle(resolve, reject));
     const stream = this.#opened(new Stream(call, () => {}));
     // Only its callback says how such a call has ended.
-    answer.then(() => stream.close(), (error) => stream.fail(error));
+    answer.then(
+      () => stream.close(),
+      (error) => stream.fail(error),
+    );
     stream.expectWithin(this.timeoutS);
     await stream.writeAll(events);
     stream.end();
@@ -71,6 +87,24 @@ export class Calls {
     return this.#opened(new Stream(call, receive));
   }
 
+  /**
+   * Do what may be done again, because it carries its number, until it has been answered.
+   *
+   * @template T
+   * @param {() => Promise<T>} act
+   * @returns {Promise<T>}
+   */
+  async persevere(act) {
+    for (let attempt = 0; ; attempt += 1) {
+      try {
+        return await act();
+      } catch (error) {
+        if (attempt >= this.#retries || !mayPass(error, attempt)) throw error;
+        await delay(BACKOFF_S * 2 ** attempt * 1e3);
+      }
+    }
+  }
+
   /** Leave every call that is open, and close the channel. @returns {Promise<void>} */
   async close() {
     this.#closed = true;
@@ -79,7 +113,7 @@ export class Calls {
   }
 
   #refuseClosed() {
-    if (this.#closed) throw new ConnectionError('the client has been closed', { code: Code.CANCELLED });
+    if (this.#closed) throw new ClosedError('the client has been closed');
   }
 
   /** @param {Stream} stream */
@@ -123,7 +157,7 @@ export class Stream {
         receive(message);
       } catch (error) {
         const text = `the answer does not keep the contract: ${/** @type {Error} */ (error).message}`;
-        this.fail(new ConnectionError(text, { code: Code.INTERNAL, cause: error }));
+        this.fail(new ProtocolError(text, { cause: error }));
       }
     });
   }
@@ -139,8 +173,7 @@ export class Stream {
     this.#timer = undefined;
     if (seconds === undefined || this.#over) return;
     this.#timer = setTimeout(() => {
-      const text = `DEADLINE_EXCEEDED: nothing has moved for ${seconds} s`;
-      this.fail(new ConnectionError(text, { code: Code.DEADLINE_EXCEEDED }));
+      this.fail(new DeadlineError(`nothing has moved for ${seconds} s`));
     }, seconds * 1e3);
   }
 
@@ -155,7 +188,10 @@ export class Stream {
     if (this.#failure) throw this.#failure;
     if (this.#over) return; // The answer is complete: the rest is not wanted.
     const hasRoom = this.#call.write(message, () => this.#timer?.refresh());
-    if (!hasRoom) await new Promise((/** @type {(value: void) => void} */ resolve) => (this.#drained = resolve));
+    if (!hasRoom)
+      await new Promise(
+        (/** @type {(value: void) => void} */ resolve) => (this.#drained = resolve),
+      );
     if (this.#failure) throw this.#failure;
   }
 
@@ -210,4 +246,11 @@ export class Stream {
 function settle(resolve, reject) {
   return (/** @type {any} */ error, /** @type {any} */ response) =>
     error ? reject(errorFromStatus(error)) : resolve(response);
+}
+
+/** @param {unknown} error @param {number} attempt @returns {boolean} */
+function mayPass(error, attempt) {
+  if (error instanceof UnavailableError) return true;
+  // The stream that has just broken may not have been noticed yet on the other side.
+  return attempt > 0 && error instanceof SessionError && error.reason === 'WORKER_BUSY';
 }

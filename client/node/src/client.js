@@ -4,8 +4,9 @@ import { credentials } from '@grpc/grpc-js';
 import { Calls } from './calls.js';
 import { decode, encode, OptimizerService } from './contract.js';
 import { MESSAGE_DATA_BYTES_MAX } from './framing.js';
-import { Session, statusOf } from './session.js';
+import { Session } from './session.js';
 import { headerToMessage, tensorOf, tensorToMessage } from './tensor.js';
+import { SessionView, statusOf } from './view.js';
 
 /** @typedef {import('./types.js').Catalogue} Catalogue */
 /** @typedef {import('./types.js').ClientOptions} ClientOptions */
@@ -32,13 +33,14 @@ export function connect(target, options) {
 /** Made by `connect`. */
 export class Client {
   #calls;
-  #retries;
 
   /** @param {string} target @param {ClientOptions} [options] */
-  constructor(target, { credentials: secret, timeoutS = TIMEOUT_S, retries = RETRIES, channel } = {}) {
+  constructor(
+    target,
+    { credentials: secret, timeoutS = TIMEOUT_S, retries = RETRIES, channel } = {},
+  ) {
     const stub = new OptimizerService(target, secret ?? credentials.createInsecure(), channel);
-    this.#calls = new Calls(stub, timeoutS);
-    this.#retries = retries;
+    this.#calls = new Calls(stub, { timeoutS, retries });
   }
 
   /**
@@ -108,7 +110,7 @@ export class Client {
 
   /** @param {any} message */
   #sessionOf(message) {
-    return new Session(this.#calls, message, this.#retries);
+    return new Session(this.#calls, new SessionView(message));
   }
 }
 

@@ -30,7 +30,10 @@ async function play(path, target) {
     try {
       await player.play(act);
     } catch (error) {
-      failure = { act: i + 1, problem: `${act.act}: ${error instanceof Error ? error.message : error}` };
+      failure = {
+        act: i + 1,
+        problem: `${act.act}: ${error instanceof Error ? error.message : error}`,
+      };
       break;
     }
   }

@@ -9,7 +9,7 @@ import { fileURLToPath } from 'node:url';
 import { loadPackageDefinition } from '@grpc/grpc-js';
 import { loadSync } from '@grpc/proto-loader';
 
-import { CallerError } from './errors.js';
+import { RequestError } from './errors.js';
 import { tensorFromMessage, tensorOf, tensorToMessage } from './tensor.js';
 
 /** @typedef {{name: string, label: string, type: string, typeName: string}} Field */
@@ -40,7 +40,9 @@ for (const [name, definition] of Object.entries(definitions)) {
     const fields = /** @type {{field: Field[]}} */ (definition.type).field;
     fieldsByMessage.set(name, new Map(fields.map((field) => [field.name, field])));
   } else if (definition.format === 'Protocol Buffer 3 EnumDescriptorProto') {
-    const names = /** @type {{value: {name: string}[]}} */ (definition.type).value.map((v) => v.name);
+    const names = /** @type {{value: {name: string}[]}} */ (definition.type).value.map(
+      (v) => v.name,
+    );
     const prefix = names[0]?.replace(/UNSPECIFIED$/, '') ?? '';
     enums.set(name, { prefix, values: new Set(names) });
   }
@@ -54,14 +56,15 @@ for (const [name, definition] of Object.entries(definitions)) {
  * @param {unknown} value
  * @param {string} path Where the value stands: `spec`.
  * @returns {Message}
- * @throws {CallerError} UNKNOWN_FIELD, or INVALID_FIELD; names the field.
+ * @throws {RequestError} UNKNOWN_FIELD, or INVALID_FIELD; names the field.
  */
 export function encode(type, value, path) {
   const message = encodeMessage(PACKAGE + type, value, path);
   // Of several members of a oneof, a message carries only one; which, the other side alone can tell.
-  const definition = /** @type {import('@grpc/proto-loader').MessageTypeDefinition<Message, Message>} */ (
-    definitions[PACKAGE + type]
-  );
+  const definition =
+    /** @type {import('@grpc/proto-loader').MessageTypeDefinition<Message, Message>} */ (
+      definitions[PACKAGE + type]
+    );
   refuseLost(message, definition.deserialize(definition.serialize(message)), path);
   return message;
 }
@@ -82,7 +85,12 @@ function encodeMessage(type, value, path) {
   if (type === PACKAGE + 'Tensor') {
     return tensorToMessage(tensorOf(/** @type {any} */ (value), { path }));
   }
-  if (typeof value !== 'object' || value === null || Array.isArray(value) || ArrayBuffer.isView(value)) {
+  if (
+    typeof value !== 'object' ||
+    value === null ||
+    Array.isArray(value) ||
+    ArrayBuffer.isView(value)
+  ) {
     throw invalid(path, 'an object', value);
   }
   const fields = fieldsOf(type);
@@ -92,12 +100,15 @@ function encodeMessage(type, value, path) {
     if (member === undefined) continue;
     const field = fields.get(key);
     if (field === undefined) {
-      throw new CallerError(`${path} has no field '${key}'; there are ${[...fields.keys()].join(', ')}`, {
-        reason: 'UNKNOWN_FIELD',
-        field: `${path}.${key}`,
-        expected: [...fields.keys()].join(', '),
-        actual: key,
-      });
+      throw new RequestError(
+        `${path} has no field '${key}'; there are ${[...fields.keys()].join(', ')}`,
+        {
+          reason: 'UNKNOWN_FIELD',
+          field: `${path}.${key}`,
+          expected: [...fields.keys()].join(', '),
+          actual: key,
+        },
+      );
     }
     message[key] = encodeField(field, member, `${path}.${key}`);
   }
@@ -144,21 +155,26 @@ function refuseLost(sent, carried, path) {
   for (const [key, value] of Object.entries(sent)) {
     const other = carried[key];
     if (other === undefined || other === null) {
-      throw new CallerError(`${path}.${key} cannot stand beside the other fields of ${path}: give one of them`, {
-        reason: 'INVALID_FIELD',
-        field: `${path}.${key}`,
-        expected: 'one of them',
-        actual: Object.keys(sent).join(', '),
-      });
+      throw new RequestError(
+        `${path}.${key} cannot stand beside the other fields of ${path}: give one of them`,
+        {
+          reason: 'INVALID_FIELD',
+          field: `${path}.${key}`,
+          expected: 'one of them',
+          actual: Object.keys(sent).join(', '),
+        },
+      );
     }
-    if (typeof value === 'object' && !ArrayBuffer.isView(value)) refuseLost(value, other, `${path}.${key}`);
+    if (typeof value === 'object' && !ArrayBuffer.isView(value))
+      refuseLost(value, other, `${path}.${key}`);
   }
 }
 
 /** @param {string} type @param {Message} message @returns {any} */
 function decodeMessage(type, message) {
   if (type === PACKAGE + 'Tensor') return tensorFromMessage(message);
-  if (type === 'google.protobuf.Timestamp') return new Date(message.seconds * 1e3 + message.nanos / 1e6);
+  if (type === 'google.protobuf.Timestamp')
+    return new Date(message.seconds * 1e3 + message.nanos / 1e6);
   /** @type {Message} */
   const plain = {};
   for (const [name, field] of fieldsOf(type)) {
@@ -202,8 +218,13 @@ function qualified({ typeName }) {
 
 /** @param {string} path @param {string} expected @param {unknown} value */
 function invalid(path, expected, value) {
-  const actual = typeof value === 'string' ? value : value === null ? 'null' : `${typeof value} ${String(value)}`;
-  return new CallerError(`${path} is ${actual}; it must be ${expected}`, {
+  const actual =
+    typeof value === 'string'
+      ? value
+      : value === null
+        ? 'null'
+        : `${typeof value} ${String(value)}`;
+  return new RequestError(`${path} is ${actual}; it must be ${expected}`, {
     reason: 'INVALID_FIELD',
     field: path,
     expected,

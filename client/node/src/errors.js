@@ -2,12 +2,15 @@
  * What can go wrong, and whose mistake it is. Decide by class or by `reason`, never by the text of a message.
  *
  *     OptserveError
- *     ├── CallerError          the caller's mistake: sending it again is refused again
- *     ├── SessionStateError    ask where the session stands, and go on from there
- *     ├── LimitError           a limit: do what the message says
- *     ├── DrainingError        the server is about to stop
- *     ├── InternalError        the server's fault
- *     └── ConnectionError      no answer of an optserve: not reached, too late, cancelled, or nonsense
+ *     ├── RequestError          the caller's mistake: the same again is refused again
+ *     ├── SessionError          the session's state: ask where it stands, and go on from there
+ *     └── ServiceError          the server, or the way to it
+ *         ├── LimitError            a limit: do what the message says
+ *         ├── UnavailableError      nothing answers, or it is about to stop
+ *         ├── DeadlineError         no answer in time: what was asked may have been done
+ *         ├── ClosedError           the client, or the worker, has been closed
+ *         ├── ProtocolError         client and server do not understand each other
+ *         └── InternalError         a fault of the server
  */
 import { status as Code } from '@grpc/grpc-js';
 import { fromJSON } from '@grpc/proto-loader';
@@ -16,7 +19,7 @@ import { fromJSON } from '@grpc/proto-loader';
 /**
  * @typedef {object} Facts
  * @property {Reason} [reason] Why it was refused. Unset: it was not an optserve that refused it.
- * @property {number} [code] gRPC status code.
+ * @property {number} [code] gRPC status code. Unset: no call was made.
  * @property {string} [field] Path of the field at fault: `gradients[2].shape`. Empty: no single field.
  * @property {string} [expected] What would have been right.
  * @property {string} [actual] What came.
@@ -31,7 +34,7 @@ export class OptserveError extends Error {
     super(message, facts.cause === undefined ? undefined : { cause: facts.cause });
     this.name = new.target.name;
     this.reason = facts.reason;
-    this.code = facts.code ?? Code.INVALID_ARGUMENT;
+    this.code = facts.code;
     this.field = facts.field ?? '';
     this.expected = facts.expected ?? '';
     this.actual = facts.actual ?? '';
@@ -40,33 +43,70 @@ export class OptserveError extends Error {
   }
 }
 
-/** The caller's mistake: sending it again is refused again. */
-export class CallerError extends OptserveError {}
+/** The caller's mistake: the same again is refused again. */
+export class RequestError extends OptserveError {}
 /** The session's state does not allow it: ask where it stands, and go on from there. */
-export class SessionStateError extends OptserveError {}
-/** A limit of the server: do what the message says. */
-export class LimitError extends OptserveError {}
-/** The server is about to stop: try again, here or elsewhere. */
-export class DrainingError extends OptserveError {}
-/** The server's fault. */
-export class InternalError extends OptserveError {}
-/** No answer of an optserve: it was not reached, came too late, or was cancelled. */
-export class ConnectionError extends OptserveError {}
+export class SessionError extends OptserveError {}
+/** The server, or the way to it. */
+export class ServiceError extends OptserveError {}
+/** A limit: do what the message says. */
+export class LimitError extends ServiceError {}
+/** Nothing answers, or it is about to stop: try again, here or elsewhere. */
+export class UnavailableError extends ServiceError {}
+/** No answer in time: what was asked may have been done. */
+export class DeadlineError extends ServiceError {}
+/** The client, or the worker, has been closed. */
+export class ClosedError extends ServiceError {}
+/** Client and server do not understand each other. */
+export class ProtocolError extends ServiceError {}
+/** A fault of the server; `requestId` finds it in the server's log. */
+export class InternalError extends ServiceError {}
 
-/** @type {Map<string, typeof OptserveError>} */
+/** @type {Map<string, typeof OptserveError>} By reason. */
 export const CLASS_OF = new Map([
-  ...rows(CallerError, [
-    'MALFORMED_MESSAGE', 'UNKNOWN_FIELD', 'MISSING_FIELD', 'INVALID_FIELD', 'INVALID_NAME', 'UNKNOWN_NAME',
-    'INVALID_HYPERPARAMETER', 'INVALID_EXPRESSION', 'SHAPE_MISMATCH', 'DATA_TYPE_MISMATCH', 'BYTE_COUNT_MISMATCH',
-    'CHUNK_OUT_OF_ORDER', 'EVENT_OUT_OF_ORDER', 'NON_FINITE_GRADIENT', 'NO_GRADIENT', 'TARGET_OUT_OF_RANGE',
+  ...rows(RequestError, [
+    'MALFORMED_MESSAGE',
+    'UNKNOWN_FIELD',
+    'MISSING_FIELD',
+    'INVALID_FIELD',
+    'INVALID_NAME',
+    'UNKNOWN_NAME',
+    'INVALID_HYPERPARAMETER',
+    'INVALID_EXPRESSION',
+    'SHAPE_MISMATCH',
+    'DATA_TYPE_MISMATCH',
+    'BYTE_COUNT_MISMATCH',
+    'CHUNK_OUT_OF_ORDER',
+    'EVENT_OUT_OF_ORDER',
+    'NON_FINITE_GRADIENT',
+    'NO_GRADIENT',
+    'TARGET_OUT_OF_RANGE',
   ]),
-  ...rows(SessionStateError, [
-    'SESSION_NOT_FOUND', 'PARAMETERS_NOT_SET', 'LOSS_NOT_SET', 'STEP_OUT_OF_ORDER', 'EPOCH_OUT_OF_ORDER', 'EPOCH_EMPTY',
-    'WORKER_BUSY', 'ROUND_TIMEOUT', 'SCHEDULE_FAILED', 'SESSION_FAILED', 'SESSION_DELETED',
+  ...rows(SessionError, [
+    'SESSION_NOT_FOUND',
+    'PARAMETERS_NOT_SET',
+    'LOSS_NOT_SET',
+    'STEP_OUT_OF_ORDER',
+    'EPOCH_OUT_OF_ORDER',
+    'EPOCH_EMPTY',
+    'WORKER_BUSY',
+    'ROUND_TIMEOUT',
+    'SCHEDULE_FAILED',
+    'SESSION_FAILED',
+    'SESSION_DELETED',
+    'STALLED',
   ]),
   ...rows(LimitError, ['TOO_MANY', 'MEMORY_EXHAUSTED', 'LIMIT_EXCEEDED']),
-  ...rows(DrainingError, ['DRAINING']),
+  ...rows(UnavailableError, ['DRAINING']),
   ...rows(InternalError, ['INTERNAL']),
+]);
+
+/** @type {Map<number, typeof OptserveError>} By status code, where no optserve has given a reason. */
+const CLASS_OF_CODE = new Map([
+  [Code.CANCELLED, ClosedError],
+  [Code.DEADLINE_EXCEEDED, DeadlineError],
+  [Code.RESOURCE_EXHAUSTED, LimitError],
+  [Code.UNAVAILABLE, UnavailableError],
 ]);
 
 // google/rpc/{status,error_details}.proto, as far as the contract uses them; no package that we need anyway ships them.
@@ -106,7 +146,10 @@ export function errorFromStatus(error) {
   const info = details.get('google.rpc.ErrorInfo');
   if (info?.domain !== 'optserve') {
     const message = `${Code[error.code] ?? 'UNKNOWN'}: ${error.details || error.message}`;
-    return new ConnectionError(message, { code: error.code, cause: error });
+    return new (CLASS_OF_CODE.get(error.code) ?? ProtocolError)(message, {
+      code: error.code,
+      cause: error,
+    });
   }
   const delay = details.get('google.rpc.RetryInfo')?.retry_delay;
   return errorOf(error.details, {
@@ -166,7 +209,9 @@ function detailsOf(error) {
 
 /** @param {string} name @param {Buffer} bytes @returns {any} */
 function unpack(name, bytes) {
-  const definition = /** @type {import('@grpc/proto-loader').MessageTypeDefinition<any, any>} */ (rpc[name]);
+  const definition = /** @type {import('@grpc/proto-loader').MessageTypeDefinition<any, any>} */ (
+    rpc[name]
+  );
   return definition.deserialize(bytes);
 }
 

@@ -59,8 +59,13 @@ export class Assembly {
   add(chunks) {
     for (const { tensor, offset, data } of chunks) {
       const target = this.#targets[tensor];
-      if (target === undefined) throw new RangeError(`a chunk belongs to tensor ${tensor}, which was not announced`);
-      if (offset !== this.#received[tensor] || data.length === 0 || offset + data.length > target.length) {
+      if (target === undefined)
+        throw new RangeError(`a chunk belongs to tensor ${tensor}, which was not announced`);
+      if (
+        offset !== this.#received[tensor] ||
+        data.length === 0 ||
+        offset + data.length > target.length
+      ) {
         throw new RangeError(
           `a chunk of tensor ${tensor} has ${data.length} bytes at ${offset};` +
             ` ${this.#received[tensor]} of ${target.length} were there`,
@@ -79,7 +84,9 @@ export class Assembly {
   finish() {
     for (const [tensor, target] of this.#targets.entries()) {
       if (this.#received[tensor] !== target.length) {
-        throw new RangeError(`tensor ${tensor} has ${target.length} bytes; ${this.#received[tensor]} came`);
+        throw new RangeError(
+          `tensor ${tensor} has ${target.length} bytes; ${this.#received[tensor]} came`,
+        );
       }
     }
   }

@@ -1,13 +1,16 @@
 /** Node client of optserve, an optimizer as a service. */
 export { Client, connect } from './client.js';
 export {
-  CallerError,
-  ConnectionError,
-  DrainingError,
+  ClosedError,
+  DeadlineError,
   InternalError,
   LimitError,
   OptserveError,
-  SessionStateError,
+  ProtocolError,
+  RequestError,
+  ServiceError,
+  SessionError,
+  UnavailableError,
 } from './errors.js';
 export { Session } from './session.js';
 export { Worker } from './worker.js';

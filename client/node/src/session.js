@@ -1,9 +1,5 @@
 /** A session on the server: one model being trained. */
-import { status as Code } from '@grpc/grpc-js';
-import { setTimeout as delay } from 'node:timers/promises';
-
 import { decode, encode } from './contract.js';
-import { CallerError, DrainingError, OptserveError } from './errors.js';
 import { Assembly, MESSAGE_DATA_BYTES_MAX, split } from './framing.js';
 import {
   arrived,
@@ -16,7 +12,8 @@ import {
   tensorToMessage,
   wireBytes,
 } from './tensor.js';
-import { ratesOf, stepResultOf, Worker } from './worker.js';
+import { stepResultOf } from './view.js';
+import { Worker } from './worker.js';
 
 /** @typedef {import('./calls.js').Calls} Calls */
 /** @typedef {import('./types.js').LossInput} LossInput */
@@ -24,42 +21,38 @@ import { ratesOf, stepResultOf, Worker } from './worker.js';
 /** @typedef {import('./types.js').LossPoint} LossPoint */
 /** @typedef {import('./types.js').Named<import('./types.js').TensorLike>} NamedTensors */
 /** @typedef {import('./types.js').SessionChange} SessionChange */
-/** @typedef {import('./types.js').SessionSpec} SessionSpec */
 /** @typedef {import('./types.js').SessionStatus} SessionStatus */
 /** @typedef {import('./types.js').Split} Split */
 /** @typedef {import('./types.js').StepOptions} StepOptions */
 /** @typedef {import('./types.js').StepResult} StepResult */
 /** @typedef {import('./types.js').Tensor} Tensor */
-/** @typedef {import('./types.js').TensorHeader} TensorHeader */
+/** @typedef {import('./view.js').SessionView} SessionView */
 /** @typedef {import('./types.js').UnaryStepOptions} UnaryStepOptions */
-
-const BACKOFF_S = 0.2; // Before the second attempt; doubles with each further one.
 
 /** Made by `Client.createSession` and `Client.getSession`. */
 export class Session {
   #calls;
-  #retries;
+  #view;
   /** @type {Map<number, Worker>} */ #workers = new Map();
-  /** @type {Map<string, TensorHeader>} */ #headers = new Map();
 
-  /** @param {Calls} calls @param {any} message A Session. @param {number} retries */
-  constructor(calls, message, retries) {
+  /** @param {Calls} calls @param {SessionView} view */
+  constructor(calls, view) {
     this.#calls = calls;
-    this.#retries = retries;
-    /** @type {SessionStatus} Where the session stood when it last answered. */
-    this.status = statusOf(message.status);
-    /** @type {SessionSpec} What is in force. */
-    this.spec = decode('SessionSpec', message.spec);
-    this.#headers = new Map(message.spec.parameters.map((/** @type {any} */ h) => [h.name, headerFromMessage(h)]));
+    this.#view = view;
   }
 
   get id() {
-    return this.status.sessionId;
+    return this.#view.id;
   }
 
-  /** Steps that have been applied, as far as this client knows. */
-  get steps() {
-    return this.status.steps;
+  /** Where the session stood when it last answered. */
+  get status() {
+    return this.#view.status;
+  }
+
+  /** What is in force, every default filled in. */
+  get spec() {
+    return this.#view.spec;
   }
 
   /** Ask where the session stands, and what is in force. @returns {Promise<this>} */
@@ -85,11 +78,11 @@ export class Session {
    * @returns {Promise<SessionStatus>}
    */
   async upload(values) {
-    const tensors = this.#tensorsOf(values, 'parameters');
+    const tensors = this.#view.tensorsOf(values, 'parameters');
     const parameters = [...tensors].map(([name, tensor]) => headerToMessage(tensor, name));
     const begin = { sessionId: this.id, parameters };
     const answer = await this.#calls.upload(eventsOf({ begin }, tensors.values()));
-    return this.noteStatus(answer.status);
+    return this.#view.noteStatus(answer.status);
   }
 
   /**
@@ -113,7 +106,7 @@ export class Session {
    * @returns {Promise<Worker>}
    */
   async join(worker = 0) {
-    const joined = new Worker(this.#calls, this, worker);
+    const joined = new Worker(this.#calls, this.#view, worker);
     await joined.open();
     this.#workers.set(worker, joined);
     return joined;
@@ -127,7 +120,7 @@ export class Session {
    * @returns {Promise<StepResult>}
    */
   step(gradients, options) {
-    const worker = this.#workers.get(0) ?? new Worker(this.#calls, this, 0);
+    const worker = this.#workers.get(0) ?? new Worker(this.#calls, this.#view, 0);
     this.#workers.set(0, worker);
     return worker.step(gradients, options);
   }
@@ -139,14 +132,16 @@ export class Session {
    * @param {UnaryStepOptions} [options]
    * @returns {Promise<StepResult>}
    */
-  async stepUnary(gradients, { step = this.steps + 1, worker = 0 } = {}) {
-    const tensors = [...this.gradientsOf(gradients)].map(([name, tensor]) => tensorToMessage(tensor, name));
+  async stepUnary(gradients, { step = this.#view.nextStep, worker = 0 } = {}) {
+    const tensors = [...this.#view.tensorsOf(gradients, 'gradients')].map(([name, tensor]) =>
+      tensorToMessage(tensor, name),
+    );
     const request = { sessionId: this.id, worker, step, gradients: tensors };
-    const { result, parameters } = await this.persevere(() =>
-      this.#calls.unary('step', request, this.stepTimeoutS),
+    const { result, parameters } = await this.#calls.persevere(() =>
+      this.#calls.unary('step', request, this.#calls.timeoutS + this.#view.roundTimeoutS),
     );
     const named = parameters.map((/** @type {any} */ t) => [t.header.name, tensorFromMessage(t)]);
-    return this.noteStep(stepResultOf(result, named));
+    return this.#view.noteStep(stepResultOf(result, named));
   }
 
   /**
@@ -157,8 +152,8 @@ export class Session {
    */
   async endEpoch({ epoch = this.status.epochs + 1 } = {}) {
     const request = { sessionId: this.id, epoch };
-    const answer = await this.persevere(() => this.#calls.unary('endEpoch', request));
-    return this.noteStatus(answer.status);
+    const answer = await this.#calls.persevere(() => this.#calls.unary('endEpoch', request));
+    return this.#view.noteStatus(answer.status);
   }
 
   /**
@@ -167,16 +162,17 @@ export class Session {
    * @param {LossInput} input
    * @returns {Promise<LossOutcome>}
    */
-  async evaluateLoss({ predictions, targets, split: part, gradient, stream }) {
-    const request = encode('LossBegin', { split: part, gradient }, 'evaluateLoss');
-    request.sessionId = this.id;
-    const sent = [tensorOf(predictions, { path: 'predictions' }), tensorOf(targets, { path: 'targets' })];
-    const [given, wanted] = sent.map((tensor) => tensor.data.byteLength);
-    // Question and answer must fit: the answer may hold a gradient and the elements, each of the predictions' size.
-    const largest = Math.max(Number(given) + Number(wanted), 2 * Number(given));
-    return (stream ?? largest > MESSAGE_DATA_BYTES_MAX)
-      ? this.#evaluateLossStream(request, sent)
-      : this.#evaluateLossUnary(request, sent);
+  async evaluateLoss({ predictions, targets, via, ...others }) {
+    const begin = { ...encode('LossBegin', others, 'evaluateLoss'), sessionId: this.id };
+    const sent = [
+      tensorOf(predictions, { path: 'predictions' }),
+      tensorOf(targets, { path: 'targets' }),
+    ];
+    const bytes = sent.map(({ data }) => data.byteLength);
+    // The answer must fit too: it may hold a gradient and elements, each as large as the predictions.
+    const largest = Math.max(Number(bytes[0]) + Number(bytes[1]), 2 * Number(bytes[0]));
+    const small = via === undefined ? largest <= MESSAGE_DATA_BYTES_MAX : via === 'unary';
+    return small ? this.#evaluateInMessages(begin, sent) : this.#evaluateInStream(begin, sent);
   }
 
   /**
@@ -192,7 +188,11 @@ export class Session {
     let page = { forgotten: 0, nextPageToken: '' };
     do {
       const pageToken = page.nextPageToken;
-      page = await this.#calls.unary('listLossPoints', { ...request, sessionId: this.id, pageToken });
+      page = await this.#calls.unary('listLossPoints', {
+        ...request,
+        sessionId: this.id,
+        pageToken,
+      });
       points.push(...decode('ListLossPointsResponse', page).points);
     } while (page.nextPageToken !== '');
     return { points, forgotten: page.forgotten };
@@ -202,7 +202,7 @@ export class Session {
   async delete() {
     const answer = await this.#calls.unary('deleteSession', { sessionId: this.id });
     await this.close();
-    return this.noteStatus(answer.status);
+    return this.#view.noteStatus(answer.status);
   }
 
   /** Close the streams of this session's workers; the session stays on the server. @returns {Promise<void>} */
@@ -217,7 +217,7 @@ export class Session {
   }
 
   /** @param {any} request @param {Tensor[]} sent @returns {Promise<LossOutcome>} */
-  async #evaluateLossUnary(request, sent) {
+  async #evaluateInMessages(request, sent) {
     const [predictions, targets] = sent.map((tensor) => tensorToMessage(tensor));
     const answer = await this.#calls.unary('evaluateLoss', { ...request, predictions, targets });
     const { result, ...tensors } = decode('EvaluateLossResponse', answer);
@@ -225,10 +225,16 @@ export class Session {
   }
 
   /** @param {any} request @param {Tensor[]} sent @returns {Promise<LossOutcome>} */
-  async #evaluateLossStream(request, sent) {
+  async #evaluateInStream(request, sent) {
     const [predictions, targets] = sent.map((tensor) => headerToMessage(tensor));
     const events = eventsOf({ begin: { ...request, predictions, targets } }, sent);
-    const { first, tensors } = await this.#receive('evaluateLossStream', 'evaluated', 'tensors', undefined, events);
+    const { first, tensors } = await this.#receive(
+      'evaluateLossStream',
+      'evaluated',
+      'tensors',
+      undefined,
+      events,
+    );
     return { ...decode('LossResult', first.result), ...Object.fromEntries(tensors) };
   }
 
@@ -251,7 +257,10 @@ export class Session {
       (message) => {
         if (message.chunks) return assembly.add(message.chunks.chunks);
         first = message[opening];
-        tensors = first[announced].map((/** @type {any} */ h) => [h.name, emptyTensor(headerFromMessage(h))]);
+        tensors = first[announced].map((/** @type {any} */ h) => [
+          h.name,
+          emptyTensor(headerFromMessage(h)),
+        ]);
         assembly = new Assembly(tensors.map(([, tensor]) => memoryOf(tensor.data)));
       },
       request,
@@ -267,116 +276,15 @@ export class Session {
     return { first, tensors };
   }
 
-  /** Seconds without progress after which a step has failed: the other workers may take their time. @internal */
-  get stepTimeoutS() {
-    return this.#calls.timeoutS + (this.spec.limits?.roundTimeoutS ?? 0);
-  }
-
-  /** @internal @param {NamedTensors} gradients @returns {Map<string, Tensor>} */
-  gradientsOf(gradients) {
-    return this.#tensorsOf(gradients, 'gradients');
-  }
-
-  /**
-   * @internal
-   * @param {import('./types.js').Named<import('./types.js').Elements>} into
-   * @returns {Map<string, import('./types.js').Elements>}
-   */
-  targetsOf(into) {
-    const targets = new Map(into instanceof Map ? into : Object.entries(into));
-    for (const [name, elements] of targets) {
-      const header = this.#headers.get(name);
-      if (header === undefined) {
-        throw new CallerError(`into has '${name}', which is no parameter of the session`, {
-          reason: 'UNKNOWN_NAME',
-          field: `into.${name}`,
-          actual: name,
-        });
-      }
-      emptyTensor(header, elements);
-    }
-    return targets;
-  }
-
-  /**
-   * Take notice of a status. Answers to several workers may overtake each other: the counts never go back.
-   *
-   * @internal
-   * @param {any} message A SessionStatus.
-   * @returns {SessionStatus}
-   */
-  noteStatus(message) {
-    const { steps, epochs } = this.status;
-    this.status = statusOf(message);
-    return this.noteCounts(steps, epochs);
-  }
-
-  /** @internal @param {StepResult} result @returns {StepResult} */
-  noteStep(result) {
-    this.noteCounts(result.step, result.epochs);
-    return result;
-  }
-
-  /** @internal @param {number} steps @param {number} epochs @returns {SessionStatus} */
-  noteCounts(steps, epochs) {
-    const { status } = this;
-    this.status = { ...status, steps: Math.max(steps, status.steps), epochs: Math.max(epochs, status.epochs) };
-    return this.status;
-  }
-
-  /**
-   * Do what may be done again, because it carries its number, until it has been answered.
-   *
-   * @internal
-   * @template T
-   * @param {() => Promise<T>} act
-   * @returns {Promise<T>}
-   */
-  async persevere(act) {
-    for (let attempt = 0; ; attempt += 1) {
-      try {
-        return await act();
-      } catch (error) {
-        if (attempt >= this.#retries || !mayPass(error, attempt)) throw error;
-        await delay(BACKOFF_S * 2 ** attempt * 1e3);
-      }
-    }
-  }
-
   /** @param {any} answer @returns {this} */
   #take({ session }) {
-    this.spec = decode('SessionSpec', session.spec);
-    this.status = statusOf(session.status);
+    this.#view.replace(session);
     return this;
   }
-
-  /** @param {NamedTensors} given @param {string} path @returns {Map<string, Tensor>} */
-  #tensorsOf(given, path) {
-    const entries = given instanceof Map ? [...given] : Object.entries(given);
-    return new Map(
-      entries.map(([name, value]) => [
-        name,
-        tensorOf(value, { header: this.#headers.get(name), path: `${path}.${name}` }),
-      ]),
-    );
-  }
-}
-
-/** @param {any} message A SessionStatus. @returns {SessionStatus} */
-export function statusOf(message) {
-  return { ...decode('SessionStatus', message), rates: ratesOf(message.rates) };
 }
 
 /** @param {any} begin @param {Iterable<Tensor>} tensors @returns {Generator<any, void, void>} */
 function* eventsOf(begin, tensors) {
   yield begin;
   for (const chunks of split([...tensors].map(wireBytes))) yield { chunks };
-}
-
-/** @param {unknown} error @param {number} attempt @returns {boolean} */
-function mayPass(error, attempt) {
-  if (!(error instanceof OptserveError) || error instanceof CallerError) return false;
-  if (error instanceof DrainingError || error.code === Code.UNAVAILABLE) return true;
-  // The stream that has just broken may not have been noticed yet on the other side.
-  return attempt > 0 && error.reason === 'WORKER_BUSY';
 }

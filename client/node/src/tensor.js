@@ -4,7 +4,7 @@
  */
 import { endianness } from 'node:os';
 
-import { CallerError } from './errors.js';
+import { RequestError } from './errors.js';
 
 /** @typedef {import('./types.js').DataType} DataType */
 /** @typedef {import('./types.js').Elements} Elements */
@@ -46,13 +46,13 @@ const NATURAL = [
  * @param {{header?: TensorHeader, path: string}} context `header` of the parameter that the tensor belongs to; `path` for
  *     errors.
  * @returns {Tensor} Shares its elements with `given`.
- * @throws {CallerError} DATA_TYPE_MISMATCH or BYTE_COUNT_MISMATCH: the elements are not of the type, or not as many as the
+ * @throws {RequestError} DATA_TYPE_MISMATCH or BYTE_COUNT_MISMATCH: the elements are not of the type, or not as many as the
  *     shape says.
  */
 export function tensorOf(given, { header, path }) {
   const { data, shape, dataType } = ArrayBuffer.isView(given) ? { data: given } : (given ?? {});
   if (!ArrayBuffer.isView(data)) {
-    throw new CallerError(`${path} must be a typed array, or an object whose data is one`, {
+    throw new RequestError(`${path} must be a typed array, or an object whose data is one`, {
       reason: 'INVALID_FIELD',
       field: path,
       expected: 'a typed array',
@@ -61,23 +61,34 @@ export function tensorOf(given, { header, path }) {
   }
   const type = dataType ?? dataTypeOf(data, header);
   if (type === undefined || ARRAY_OF[type] === undefined || !(data instanceof ARRAY_OF[type])) {
-    const expected = type === undefined ? 'a dataType beside it' : (ARRAY_OF[type]?.name ?? 'a known data type');
-    throw new CallerError(`${path} is a ${data.constructor.name}; ${type ?? 'it'} needs ${expected}`, {
-      reason: 'DATA_TYPE_MISMATCH',
-      field: `${path}.data_type`,
-      expected,
-      actual: data.constructor.name,
-    });
+    const expected =
+      type === undefined ? 'a dataType beside it' : (ARRAY_OF[type]?.name ?? 'a known data type');
+    throw new RequestError(
+      `${path} is a ${data.constructor.name}; ${type ?? 'it'} needs ${expected}`,
+      {
+        reason: 'DATA_TYPE_MISMATCH',
+        field: `${path}.data_type`,
+        expected,
+        actual: data.constructor.name,
+      },
+    );
   }
   const alike = header !== undefined && elementCount(header.shape) === data.length;
-  const tensor = { dataType: type, shape: [...(shape ?? (alike ? header.shape : [data.length]))], data };
+  const tensor = {
+    dataType: type,
+    shape: [...(shape ?? (alike ? header.shape : [data.length]))],
+    data,
+  };
   if (elementCount(tensor.shape) !== data.length) {
-    throw new CallerError(`${path} has ${data.length} elements; its shape [${tensor.shape}] has others`, {
-      reason: 'BYTE_COUNT_MISMATCH',
-      field: path,
-      expected: `${elementCount(tensor.shape)} elements`,
-      actual: `${data.length} elements`,
-    });
+    throw new RequestError(
+      `${path} has ${data.length} elements; its shape [${tensor.shape}] has others`,
+      {
+        reason: 'BYTE_COUNT_MISMATCH',
+        field: path,
+        expected: `${elementCount(tensor.shape)} elements`,
+        actual: `${data.length} elements`,
+      },
+    );
   }
   return tensor;
 }
@@ -88,12 +99,13 @@ export function tensorOf(given, { header, path }) {
  * @param {TensorHeader} header
  * @param {Elements} [elements] To use instead of new memory.
  * @returns {Tensor}
- * @throws {CallerError} DATA_TYPE_MISMATCH or BYTE_COUNT_MISMATCH: `elements` do not fit.
+ * @throws {RequestError} DATA_TYPE_MISMATCH or BYTE_COUNT_MISMATCH: `elements` do not fit.
  */
 export function emptyTensor({ dataType, shape }, elements) {
   const count = elementCount(shape);
   const Elements = ARRAY_OF[dataType];
-  const data = elements ?? new Elements(new ArrayBuffer(count * Elements.BYTES_PER_ELEMENT), 0, count);
+  const data =
+    elements ?? new Elements(new ArrayBuffer(count * Elements.BYTES_PER_ELEMENT), 0, count);
   return tensorOf({ dataType, shape, data }, { path: 'into' });
 }
 
@@ -152,7 +164,8 @@ export function tensorToMessage(tensor, name = '') {
 export function tensorFromMessage({ header, data }) {
   const tensor = emptyTensor(headerFromMessage(header));
   const memory = memoryOf(tensor.data);
-  if (memory.length !== data.length) throw new RangeError(`${memory.length} bytes announced, ${data.length} came`);
+  if (memory.length !== data.length)
+    throw new RangeError(`${memory.length} bytes announced, ${data.length} came`);
   data.copy(memory); // copy: the message's bytes need not lie where an array of wider elements may begin.
   arrived(tensor);
   return tensor;

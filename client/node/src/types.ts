@@ -84,7 +84,8 @@ export interface Tensor {
  * A tensor to send. Elements alone, and a shape or data type that is left out, stand for those of the parameter that the
  * tensor belongs to; where it belongs to none, for one dimension and for the type that the array's class says.
  */
-export type TensorLike = Elements | { data: Elements; shape?: readonly number[]; dataType?: DataType };
+export type TensorLike =
+  Elements | { data: Elements; shape?: readonly number[]; dataType?: DataType };
 
 /** What a parameter is, without its value. */
 export interface TensorHeader {
@@ -108,7 +109,9 @@ export type NewSession = Omit<Taken<SessionSpec>, 'parameters'> & {
 export type SessionChange = Omit<Taken<Given<UpdateSessionRequest__Output>>, 'sessionId'>;
 
 /** Where a session stands; `rates` are the learning rates that the next step will use, by group. */
-export type SessionStatus = Omit<Given<SessionStatus__Output>, 'rates'> & { rates: Record<string, number> };
+export type SessionStatus = Omit<Given<SessionStatus__Output>, 'rates'> & {
+  rates: Record<string, number>;
+};
 
 export type LossPoint = Given<LossPoint__Output>;
 export type Catalogue = Given<GetCatalogueResponse__Output>;
@@ -151,8 +154,8 @@ export interface LossInput {
   split?: Split;
   /** Whether to answer with the gradient. Left out: for `"TRAIN"` only. */
   gradient?: boolean;
-  /** Whether to use EvaluateLossStream. Left out: where the tensors do not fit into one message. */
-  stream?: boolean;
+  /** How the tensors travel. Left out: in one message each way if they fit, else as a stream. */
+  via?: 'stream' | 'unary';
 }
 
 /** What a loss evaluation found. */

@@ -1,9 +1,15 @@
 /** One worker's steps over its long-lived Train stream. */
-import { status as Code } from '@grpc/grpc-js';
-
-import { ConnectionError, errorFromRefusal } from './errors.js';
+import { ClosedError, errorFromRefusal, UnavailableError } from './errors.js';
 import { Assembly, split } from './framing.js';
-import { arrived, emptyTensor, headerFromMessage, headerToMessage, memoryOf, wireBytes } from './tensor.js';
+import {
+  arrived,
+  emptyTensor,
+  headerFromMessage,
+  headerToMessage,
+  memoryOf,
+  wireBytes,
+} from './tensor.js';
+import { stepResultOf } from './view.js';
 
 /** @typedef {import('./calls.js').Calls} Calls */
 /** @typedef {import('./calls.js').Stream} Stream */
@@ -11,20 +17,20 @@ import { arrived, emptyTensor, headerFromMessage, headerToMessage, memoryOf, wir
 /** @typedef {import('./types.js').StepOptions} StepOptions */
 /** @typedef {import('./types.js').StepResult} StepResult */
 /** @typedef {import('./types.js').Tensor} Tensor */
-/** @typedef {import('./session.js').Session} Session */
+/** @typedef {import('./view.js').SessionView} SessionView */
 
 /** A worker of a session. Made by `Session.join`; it takes one step at a time. */
 export class Worker {
   #calls;
-  #session;
+  #view;
   /** @type {TrainStream | undefined} */ #stream;
   /** @type {Promise<unknown>} */ #turn = Promise.resolve();
   #closed = false;
 
-  /** @param {Calls} calls @param {Session} session @param {number} worker */
-  constructor(calls, session, worker) {
+  /** @param {Calls} calls @param {SessionView} view @param {number} worker */
+  constructor(calls, view, worker) {
     this.#calls = calls;
-    this.#session = session;
+    this.#view = view;
     /** Number of the worker, from 0. */
     this.worker = worker;
   }
@@ -44,20 +50,25 @@ export class Worker {
    *     not change until the step has ended. A parameter that is not here has no gradient, which is not one of zeros.
    * @param {StepOptions} [options]
    * @returns {Promise<StepResult>}
-   * @throws {import('./errors.js').OptserveError} Nothing was changed, unless it is a ConnectionError: then it is not known.
+   * @throws {import('./errors.js').OptserveError} Nothing was changed; after a ServiceError it is not known.
    */
   step(gradients, { step, into } = {}) {
     const turn = this.#turn.then(() => {
-      const number = step ?? this.#session.steps + 1;
-      const tensors = this.#session.gradientsOf(gradients);
-      const targets = this.#session.targetsOf(into ?? {});
-      return this.#session.persevere(async () => {
+      const number = step ?? this.#view.nextStep;
+      const tensors = this.#view.tensorsOf(gradients, 'gradients');
+      const targets = this.#view.targetsOf(into ?? {});
+      return this.#calls.persevere(async () => {
         const stream = await this.#opened();
-        return stream.step(number, tensors, targets, this.#session.stepTimeoutS);
+        return stream.step(
+          number,
+          tensors,
+          targets,
+          this.#calls.timeoutS + this.#view.roundTimeoutS,
+        );
       });
     });
     this.#turn = turn.catch(() => {});
-    return turn.then((result) => this.#session.noteStep(result));
+    return turn.then((result) => this.#view.noteStep(result));
   }
 
   /** Close the stream; a step that is under way fails. @returns {Promise<void>} */
@@ -71,10 +82,10 @@ export class Worker {
   }
 
   async #opened() {
-    if (this.#closed) throw new ConnectionError('the worker has been closed', { code: Code.CANCELLED });
+    if (this.#closed) throw new ClosedError('the worker has been closed');
     if (this.#stream === undefined || this.#stream.isOver) {
       this.#stream = new TrainStream(this.#calls);
-      this.#session.noteStatus(await this.#stream.open(this.#session.id, this.worker));
+      this.#view.noteStatus(await this.#stream.open(this.#view.id, this.worker));
     }
     return this.#stream;
   }
@@ -91,7 +102,7 @@ class TrainStream {
     this.#timeoutS = calls.timeoutS;
     this.#stream = calls.open('train', (response) => this.#receive(response));
     this.#stream.ended.then(
-      () => this.#answer?.reject(new ConnectionError('the server ended the stream', { code: Code.UNAVAILABLE })),
+      () => this.#answer?.reject(new UnavailableError('the server ended the stream')),
       (error) => this.#answer?.reject(error),
     );
   }
@@ -125,7 +136,7 @@ class TrainStream {
 
   /** @returns {Promise<void>} */
   async close() {
-    this.#answer?.reject(new ConnectionError('the worker was closed', { code: Code.CANCELLED }));
+    this.#answer?.reject(new ClosedError('the worker was closed'));
     await this.#stream.leave();
   }
 
@@ -208,20 +219,4 @@ class Answer {
     });
     this.#assembly = new Assembly(this.#parameters.map(([, tensor]) => memoryOf(tensor.data)));
   }
-}
-
-/**
- * Join a StepResult and the parameters that came with it.
- *
- * @param {any} message
- * @param {[string, Tensor][]} parameters
- * @returns {StepResult}
- */
-export function stepResultOf({ step, epochs, rates, gradientNorm, replayed }, parameters) {
-  return { step, epochs, rates: ratesOf(rates), gradientNorm, replayed, parameters: Object.fromEntries(parameters) };
-}
-
-/** @param {{group: string, lr: number}[]} rates @returns {Record<string, number>} */
-export function ratesOf(rates) {
-  return Object.fromEntries(rates.map(({ group, lr }) => [group, lr]));
 }

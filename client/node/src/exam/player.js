@@ -3,11 +3,11 @@ import { setTimeout as delay } from 'node:timers/promises';
 
 import { compare, compareRefusal } from './compare.js';
 import {
+  downloadDocument,
   fromScenario,
   namedTensors,
   sessionDocument,
   stepDocument,
-  tensorDocument,
   tensorFrom,
   toScenario,
 } from './values.js';
@@ -107,7 +107,8 @@ class Keys {
   }
 
   done() {
-    if (this.keys.size > 0) throw new Error(`the act has unknown keys: ${[...this.keys.keys()].join(', ')}`);
+    if (this.keys.size > 0)
+      throw new Error(`the act has unknown keys: ${[...this.keys.keys()].join(', ')}`);
   }
 }
 
@@ -173,8 +174,7 @@ const ACTS = {
     const session = await player.sessionOf(keys);
     const names = keys.take('names', undefined);
     keys.done();
-    const { steps, parameters } = await session.download(names);
-    return { steps, parameters: Object.entries(parameters).map(([name, tensor]) => tensorDocument(name, tensor)) };
+    return downloadDocument(session, names, await session.download(names));
   },
 
   async join(player, keys) {
@@ -216,13 +216,12 @@ const ACTS = {
 
   async evaluate_loss(player, keys) {
     const session = await player.sessionOf(keys);
-    const via = keys.take('via', undefined);
     const input = {
       predictions: tensorFrom(keys.take('predictions')),
       targets: tensorFrom(keys.take('targets')),
       split: keys.take('split', undefined),
       gradient: keys.take('gradient', undefined),
-      stream: via === undefined ? undefined : via === 'stream',
+      via: keys.take('via', undefined),
     };
     keys.done();
     return toScenario(await session.evaluateLoss(input));
@@ -230,7 +229,10 @@ const ACTS = {
 
   async list_loss_points(player, keys) {
     const session = await player.sessionOf(keys);
-    const options = { split: keys.take('split', undefined), pageSize: keys.take('page_size', undefined) };
+    const options = {
+      split: keys.take('split', undefined),
+      pageSize: keys.take('page_size', undefined),
+    };
     keys.done();
     return toScenario(await session.lossPoints(options));
   },

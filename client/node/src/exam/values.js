@@ -29,10 +29,15 @@ export function fromScenario(value) {
 /** Make a tensor, or its header where it has no elements. @param {Json} given @returns {any} */
 export function tensorFrom({ data_type: dataType, shape, data, pattern }) {
   const type = ARRAYS[dataType];
-  if (pattern !== undefined) return { dataType, shape, data: patterned(new type(product(shape)), pattern) };
+  if (pattern !== undefined)
+    return { dataType, shape, data: patterned(new type(product(shape)), pattern) };
   if (data === undefined) return { dataType, shape };
   const bytes = Uint8Array.from(Buffer.from(data, 'base64')); // Memory of its own: any element may begin there.
-  return { dataType, shape, data: new type(bytes.buffer, 0, bytes.length / type.BYTES_PER_ELEMENT) };
+  return {
+    dataType,
+    shape,
+    data: new type(bytes.buffer, 0, bytes.length / type.BYTES_PER_ELEMENT),
+  };
 }
 
 /** @param {Json[]} tensors @returns {Map<string, any>} By name. */
@@ -65,6 +70,16 @@ export function stepDocument(session, { parameters, ...result }) {
   return { ...toScenario(result), parameters: tensors };
 }
 
+/**
+ * @param {Session} session
+ * @param {string[] | undefined} names Those that were asked for; undefined: all.
+ * @param {{steps: number, parameters: Record<string, Tensor>}} download
+ */
+export function downloadDocument(session, names, { steps, parameters }) {
+  const order = names ?? session.spec.parameters.map(({ name }) => name);
+  return { steps, parameters: order.map((name) => tensorDocument(name, parameters[name])) };
+}
+
 /** @param {string} name @param {Tensor | undefined} tensor @returns {Json} */
 export function tensorDocument(name, tensor) {
   if (tensor === undefined) return { name };
@@ -94,7 +109,9 @@ function isPlain(value) {
 
 /** @param {Json} value @param {(name: string) => string} name @param {(value: any) => any} convert */
 function renamed(value, name, convert) {
-  return Object.fromEntries(Object.entries(value).map(([key, member]) => [name(key), convert(member)]));
+  return Object.fromEntries(
+    Object.entries(value).map(([key, member]) => [name(key), convert(member)]),
+  );
 }
 
 /** @param {string} name */
