@@ -112,8 +112,8 @@ async def _until_stopped(server: Server, registry: SessionRegistry, config: Conf
     hurry = asyncio.Event()
     for number in _SIGNALS:
         loop.add_signal_handler(number, hurry.set)
-    registry.draining = True
     await server.announce_end()
+    registry.drain()
     stopping = asyncio.create_task(server.stop(config.drain_timeout_s))
     hurrying = asyncio.create_task(hurry.wait())
     await asyncio.wait((stopping, hurrying), return_when=asyncio.FIRST_COMPLETED)

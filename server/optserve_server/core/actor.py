@@ -24,6 +24,7 @@ from optserve_server.core.errors import (
     StepOutOfOrderError,
     UnknownNameError,
     WorkerBusyError,
+    draining_error,
 )
 from optserve_server.core.events import LossEvaluated, Observer, Phase, SessionOpened, StepApplied
 from optserve_server.core.lock import SharedLock
@@ -47,6 +48,15 @@ class Surroundings:
     observer: Observer
 
 
+@dataclass(slots=True)
+class Attachment:
+    """The one call that sends for a worker."""
+
+    task: asyncio.Task[Any]
+    resting: bool = False
+    """Whether the call waits between two steps, where it can be ended without harm."""
+
+
 class SessionActor:
     """Serves one session to many calls. Everything is called on the event loop."""
 
@@ -63,7 +73,8 @@ class SessionActor:
         self._round = Round(session.spec.workers)
         self._staging: list[dict[int, Tensor]] = [{} for _ in range(session.spec.workers)]
         self._positions = {parameter.name: i for i, parameter in enumerate(session.spec.parameters)}
-        self._attached: dict[int, asyncio.Task[Any]] = {}
+        self._attached: dict[int, Attachment] = {}
+        self._draining = False
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -82,8 +93,8 @@ class SessionActor:
         return not self._attached
 
     @contextmanager
-    def attach(self, worker: int) -> Iterator[None]:
-        """Be the one call that sends for ``worker``; ended by close() with SessionDeletedError.
+    def attach(self, worker: int) -> Iterator[Attachment]:
+        """Be the one call that sends for ``worker``; close() and drain() may end it.
 
         Raises:
             InvalidFieldError: The session has no such worker.
@@ -103,12 +114,13 @@ class SessionActor:
             )
         task = asyncio.current_task()
         assert task is not None
-        self._attached[worker] = task
+        self._attached[worker] = attachment = Attachment(task=task)
         try:
-            yield
-        except asyncio.CancelledError:
-            if self.closed:
-                self.check_open()
+            yield attachment
+        except asyncio.CancelledError:  # By us, or by the client's leaving.
+            self.check_open()
+            if self._draining and attachment.resting:
+                raise draining_error() from None
             raise
         finally:
             del self._attached[worker]
@@ -248,6 +260,18 @@ class SessionActor:
         )
         return outcome
 
+    def drain(self) -> None:
+        """End the calls that rest between two steps; the others end by themselves after theirs."""
+        self._draining = True
+        coming = False
+        for worker, attachment in self._attached.items():
+            if attachment.resting:
+                attachment.task.cancel()
+            else:
+                coming |= not self._round.has(worker)
+        if not coming and not self._round.done.done():  # Nobody is left to complete the round.
+            self._round.done.set_exception(draining_error())
+
     async def close(self) -> None:
         """End every call that goes on in the session, and wait until nothing touches it."""
         self.closed = True
@@ -255,9 +279,9 @@ class SessionActor:
             self._round.done.set_exception(
                 SessionDeletedError(f"session {self.session_id} was deleted")
             )
-        for task in self._attached.values():
-            if task is not asyncio.current_task():
-                task.cancel()
+        for attachment in self._attached.values():
+            if attachment.task is not asyncio.current_task():
+                attachment.task.cancel()
         async with self._lock.exclusive():
             self._staging = []
 

@@ -210,3 +210,10 @@ class LimitExceededError(LimitError):
 
 class DrainingError(OptserveError):
     """The server is about to stop."""
+
+
+def draining_error() -> DrainingError:
+    """Return what new work is refused with while the server drains."""
+    return DrainingError(
+        "the server is about to stop; try again, here or elsewhere", retry_after_s=5.0
+    )

@@ -32,6 +32,8 @@ class LossKind:
     torch_class: type[torch.nn.Module]
     check: Callable[[torch.nn.Module, Tensor, Tensor], None]
     """Refuse predictions and targets that do not fit each other or the loss."""
+    class_weight: bool = False
+    """Whether the argument ``weight`` is one number for each class."""
     accuracy: Callable[[torch.nn.Module, Tensor, Tensor], float | None] = lambda *_: None
     """Share of right predictions; None where there is none to speak of."""
 
@@ -91,6 +93,14 @@ class LossFunction:
                 actual=arguments["reduction"],
             )
         self._kind = LOSSES[choice.kind]
+        weight = arguments.get("weight")
+        if self._kind.class_weight and isinstance(weight, Tensor) and weight.dim() != 1:
+            raise ShapeMismatchError(
+                f"weight has shape {tuple(weight.shape)}; {choice.kind} takes one for each class",
+                field="loss.weight",
+                expected="(C)",
+                actual=tuple(weight.shape),
+            )
         self._device = device
         self._module = self._kind.torch_class(**arguments).to(device)
 
@@ -325,10 +335,16 @@ def _binary_accuracy(_: torch.nn.Module, predictions: Tensor, targets: Tensor) -
 LOSSES: dict[str, LossKind] = {
     kind.name: kind
     for kind in (
-        LossKind(torch_class=torch.nn.NLLLoss, check=_check_classes, accuracy=_class_accuracy),
+        LossKind(
+            torch_class=torch.nn.NLLLoss,
+            check=_check_classes,
+            class_weight=True,
+            accuracy=_class_accuracy,
+        ),
         LossKind(
             torch_class=torch.nn.CrossEntropyLoss,
             check=_check_classes_or_probabilities,
+            class_weight=True,
             accuracy=_class_accuracy,
         ),
         LossKind(

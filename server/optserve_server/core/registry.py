@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from optserve_server.core.actor import SessionActor, Surroundings
 from optserve_server.core.admission import Budget, session_bytes
-from optserve_server.core.errors import DrainingError, SessionNotFoundError, TooManyError
+from optserve_server.core.errors import SessionNotFoundError, TooManyError, draining_error
 from optserve_server.core.events import SessionOpened
 from optserve_server.core.limits import Limits
 from optserve_server.core.session import Session
@@ -27,7 +28,7 @@ class SessionRegistry:
         self.limits = limits
         self.surroundings = surroundings
         self.budget = Budget(limits)
-        self.draining = False
+        self._draining = False
         self._actors: dict[str, SessionActor] = {}
         self._order: dict[str, int] = {}
         self._sequence = itertools.count(1)
@@ -39,11 +40,14 @@ class SessionRegistry:
         Raises:
             DrainingError: The server is about to stop.
         """
-        if self.draining:
-            raise DrainingError(
-                "the server is about to stop; try again, here or elsewhere",
-                retry_after_s=_RETRY_AFTER_S,
-            )
+        if self._draining:
+            raise draining_error()
+
+    def drain(self) -> None:
+        """Take no new work from now on, and end the streams that rest between two steps."""
+        self._draining = True
+        for actor in self._actors.values():
+            actor.drain()
 
     async def create(self, spec: SessionSpec) -> SessionActor:
         """Create a session: reserve its memory, then take it.
@@ -112,19 +116,25 @@ class SessionRegistry:
         page = later[:count]
         return page, self._order[page[-1].session_id] if len(later) > count else None
 
-    def resize(self, actor: SessionActor, spec: SessionSpec) -> None:
-        """Reserve what a session will need as ``spec``, if that is more than it has.
+    @contextmanager
+    def resized(self, actor: SessionActor, spec: SessionSpec) -> Iterator[None]:
+        """Reserve what a session needs as ``spec``, if that is more than it has.
 
-        A momentum takes memory.
+        For the block that changes it, and for good unless the block raises: a momentum takes memory.
 
         Raises:
             LimitError: There is no room for it. Nothing was changed.
         """
         count = session_bytes(spec)
         self.budget.check_session(count)
-        if count > actor.reserved_bytes:
-            self.budget.reserve(count - actor.reserved_bytes, what="the change", field="optimizer")
-            actor.reserved_bytes = count
+        growth = max(0, count - actor.reserved_bytes)
+        self.budget.reserve(growth, what="the change", field="optimizer")
+        try:
+            yield
+        except BaseException:
+            self.budget.release(growth)
+            raise
+        actor.reserved_bytes += growth
 
     async def delete(self, session_id: str) -> SessionActor:
         """Forget a session, and return what it was. Calls that go on in it are ended.

@@ -80,8 +80,8 @@ class OptimizerServicer(OptimizerServiceServicer):
         check_known(request, "")
         actor = self._registry.find(request.session_id)
         changes = change.session_change(request, actor.session, self._limits)
-        self._registry.resize(actor, change.changed_spec(actor.session.spec, changes))
-        await actor.change(changes)
+        with self._registry.resized(actor, change.changed_spec(actor.session.spec, changes)):
+            await actor.change(changes)
         return pb.UpdateSessionResponse(session=encode.session(actor))
 
     async def DeleteSession(

@@ -14,8 +14,9 @@ import grpc
 from optserve.limits import MESSAGE_HEADROOM_BYTES
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.tensor_pb2 import TensorChunks
-from optserve_server.core.actor import SessionActor
+from optserve_server.core.actor import Attachment, SessionActor
 from optserve_server.core.errors import (
+    DrainingError,
     EventOutOfOrderError,
     LimitExceededError,
     OptserveError,
@@ -31,11 +32,8 @@ from optserve_server.rpc import decode, encode, status, transfer
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Requests = AsyncIterator[pb.TrainRequest]
 
-_ENDS_STREAM = (
-    EventOutOfOrderError,
-    SessionDeletedError,
-    StalledError,
-)  # Every other refusal is of one step.
+# Every other refusal is of one step.
+_ENDS_STREAM = (DrainingError, EventOutOfOrderError, SessionDeletedError, StalledError)
 
 
 async def train(requests: _Requests, context: _Context, registry: SessionRegistry) -> None:
@@ -48,10 +46,11 @@ async def train(requests: _Requests, context: _Context, registry: SessionRegistr
     if first.WhichOneof("event") != "open":
         raise EventOutOfOrderError("a stream begins with `open`", field="event", expected="open")
     actor = registry.find(first.open.session_id)
-    with actor.attach(first.open.worker):
+    with actor.attach(first.open.worker) as attachment:
         opened = pb.TrainOpened(status=encode.session_status(actor))
         await context.write(pb.TrainResponse(opened=opened))
-        await _WorkerStream(requests, context, actor, first.open.worker, registry).run()
+        stream = _WorkerStream(requests, context, actor, first.open.worker, registry)
+        await stream.run(attachment)
 
 
 async def step(request: pb.StepRequest, registry: SessionRegistry) -> pb.StepResponse:
@@ -110,13 +109,13 @@ class _WorkerStream:
         self._started = 0.0
         self._received_bytes = 0
 
-    async def run(self) -> None:
+    async def run(self, attachment: Attachment) -> None:
         """Serve until the client half-closes.
 
         Raises:
             OptserveError: The stream cannot go on.
         """
-        while (request := await self._next()) is not None:
+        while (request := await self._next(attachment)) is not None:
             try:
                 await self._take(request)
             except _ENDS_STREAM:
@@ -124,13 +123,17 @@ class _WorkerStream:
             except OptserveError as error:
                 await self._refuse(error)
 
-    async def _next(self) -> pb.TrainRequest | None:
+    async def _next(self, attachment: Attachment) -> pb.TrainRequest | None:
         """Return the next event; None at the half-close.
 
-        Between two steps the stream may rest for ever.
+        Between two steps the stream may rest for ever, unless the server drains.
         """
         if self._contribution is None:
-            return await anext(self._requests, None)
+            self._registry.check_accepting()
+            attachment.resting = True
+            request = await anext(self._requests, None)
+            attachment.resting = False
+            return request
         return await transfer.next_or_none(self._requests, self._limits)
 
     async def _take(self, request: pb.TrainRequest) -> None:
