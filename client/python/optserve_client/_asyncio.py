@@ -125,6 +125,7 @@ class _TrainStream:
         self._target = target
         self._outbox: _Outbox = asyncio.Queue()
         self._call = stub.Train(_drain(self._outbox))
+        self._conversing = False
 
     def is_active(self) -> bool:
         """Whether neither side has ended the stream, as far as is known here."""
@@ -133,11 +134,13 @@ class _TrainStream:
     async def converse(self, exchange: TrainExchange, timeout_s: float) -> None:
         """Send what the exchange says, and hand it what comes, until it is over."""
         site = CallSite(rpc="Train", target=self._target, timeout_s=timeout_s)
+        self._conversing = True
         self._outbox.put_nowait(exchange.requests())
         try:
             async with asyncio.timeout(timeout_s):
                 async for response in self._call:
                     if exchange.receive(response):
+                        self._conversing = False
                         return
         except TimeoutError as error:
             raise deadline_error(site) from error
@@ -146,12 +149,13 @@ class _TrainStream:
         raise ProtocolError("the server ended the stream in the middle of a conversation")
 
     async def end(self) -> None:
-        """Half-close, and wait until the server has ended the stream."""
-        self._outbox.put_nowait(None)
+        """Half-close, and wait for the server's end; cancel what another task does on the stream."""
         try:
-            with suppress(grpc.RpcError, TimeoutError):
-                async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    await self._call.code()
+            if not self._conversing:
+                self._outbox.put_nowait(None)
+                with suppress(grpc.RpcError, TimeoutError):
+                    async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                        await self._call.code()
         finally:
             self.close()
 

@@ -125,6 +125,7 @@ class _TrainStream:
         self._watchdog = watchdog
         self._outbox: _Outbox = queue.SimpleQueue()
         self._call: _AnswerStream[TrainResponse] = stub.Train(_drain(self._outbox))
+        self._conversing = False
         # Also when nobody closes it, at the latest when the interpreter ends: else grpc's thread
         # would wait for ever.
         self.close = weakref.finalize(self, _abandon, self._call, self._outbox)
@@ -136,11 +137,13 @@ class _TrainStream:
     def converse(self, exchange: TrainExchange, timeout_s: float) -> None:
         """Send what the exchange says, and hand it what comes, until it is over."""
         site = CallSite(rpc="Train", target=self._target, timeout_s=timeout_s)
+        self._conversing = True
         with self._watchdog.limit(timeout_s, self._call.cancel) as deadline:
             self._outbox.put(exchange.requests())
             try:
                 for response in self._call:
                     if exchange.receive(response):
+                        self._conversing = False
                         return
             except grpc.RpcError as error:
                 if deadline.expired:
@@ -149,11 +152,12 @@ class _TrainStream:
         raise ProtocolError("the server ended the stream in the middle of a conversation")
 
     def end(self) -> None:
-        """Half-close, and wait until the server has ended the stream."""
-        self._outbox.put(None)
-        with suppress(grpc.RpcError):
-            for _ in self._call:
-                pass
+        """Half-close, and wait for the server's end; cancel what another thread does on the stream."""
+        if not self._conversing:
+            self._outbox.put(None)
+            with suppress(grpc.RpcError):
+                for _ in self._call:
+                    pass
         self.close()
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 from optserve.v1 import optimizer_service_pb2 as service_pb2
 from optserve.v1 import session_pb2
 from optserve_client.tensors import Array
+
+MaybeNone: TypeAlias = Any
+"""None if the caller has not asked: typed as in typeshed, so that one who has need not check."""
 
 Split: TypeAlias = Literal["train", "validation"]
 """On which data a loss was evaluated."""
@@ -67,7 +70,7 @@ class LossResult:
     """Share of right predictions, from 0 to 1; None if the loss is not one of classification."""
     steps: int
     """How many steps had been applied."""
-    gradient: Array | None
+    gradient: Array | MaybeNone
     """Of the loss with respect to the predictions; None if not asked for."""
     elements: Array | None
     """Every element of the loss; None unless its reduction is REDUCTION_NONE."""

@@ -32,10 +32,10 @@ from optserve_client.tensors import BF16, Array
 
 __all__ = ["RemoteOptimizer"]
 
-NamedParameters: TypeAlias = Iterable[tuple[str, torch.Tensor]]
-"""What ``model.named_parameters()`` gives."""
+Named: TypeAlias = tuple[str, torch.Tensor]
+"""What ``model.named_parameters()`` gives, one by one."""
 
-Groups: TypeAlias = Iterable[Mapping[str, Any]]
+Group: TypeAlias = Mapping[str, Any]
 """As torch has them: ``{"params": named parameters, "lr": 0.01}``, with a ``name`` if you like."""
 
 
@@ -46,7 +46,7 @@ class RemoteOptimizer:
     """
 
     def __init__(
-        self, params: NamedParameters | Groups, client: Client, **options: Unpack[SessionOptions]
+        self, params: Iterable[Named | Group], client: Client, **options: Unpack[SessionOptions]
     ) -> None:
         """Create a session with the parameters' values; it is deleted when this is closed.
 
@@ -69,7 +69,7 @@ class RemoteOptimizer:
         self._session = client.create_session(values, **options)
 
     @classmethod
-    def join(cls, params: NamedParameters, client: Client, session_id: str, *, worker: int) -> Self:
+    def join(cls, params: Iterable[Named], client: Client, session_id: str, *, worker: int) -> Self:
         """Take part in a session that another worker has created, and load its values.
 
         Args:
@@ -81,7 +81,7 @@ class RemoteOptimizer:
         Raises:
             ValueError: The session's parameters are not these.
         """
-        parameters, _ = _read(params, None)
+        parameters = _take(params, {})
         session = client.join_session(session_id, worker=worker)
         if session.parameters.keys() != parameters.keys():
             session.close()
@@ -210,37 +210,41 @@ def _wait_for_devices(mirrors: Iterable[_Mirror]) -> None:
 
 
 def _read(
-    params: NamedParameters | Groups, optimizer: AnyOptimizer | None
+    params: Iterable[Named | Group], optimizer: AnyOptimizer
 ) -> tuple[dict[str, torch.Tensor], list[ParameterGroup]]:
     """Return the parameters by name, and the groups that they were given in."""
+    items = list(params)
+    if not any(isinstance(item, Mapping) for item in items):
+        return _take(items, {}), []
     parameters: dict[str, torch.Tensor] = {}
     groups: list[ParameterGroup] = []
-    seen: set[int] = set()
-
-    def take(named: NamedParameters) -> list[str]:
-        names = []
-        for item in named:
-            if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
-                raise TypeError("parameters need names: pass model.named_parameters()")
-            name, parameter = item
-            if name in parameters or id(parameter) in seen:
-                raise ValueError(f"parameter {name!r} stands twice")
-            parameters[name] = parameter
-            seen.add(id(parameter))
-            names.append(name)
-        return names
-
-    items = list(params)
-    if not all(isinstance(item, Mapping) for item in items):
-        take(items)
-        return parameters, []
     for number, group in enumerate(items):
+        if not isinstance(group, Mapping):
+            raise TypeError("parameters are given in groups, or none of them is")
         overrides = {key: group[key] for key in group if key not in {"params", "name"}}
+        taken = _take(group["params"], parameters)
+        parameters |= taken
         groups.append(
             ParameterGroup(
                 name=group.get("name", f"group{number}"),
-                parameters=take(group["params"]),
+                parameters=list(taken),
                 overrides=type(optimizer)(**overrides) if overrides else None,
             )
         )
     return parameters, groups
+
+
+def _take(params: Iterable[object], before: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return named parameters by name; none of them may have come before."""
+    taken: dict[str, torch.Tensor] = {}
+    seen = {id(parameter) for parameter in before.values()}
+    for item in params:
+        match item:
+            case (str() as name, torch.Tensor() as parameter):
+                if name in before or name in taken or id(parameter) in seen:
+                    raise ValueError(f"parameter {name!r} stands twice")
+                taken[name] = parameter
+                seen.add(id(parameter))
+            case _:
+                raise TypeError("parameters need names: pass model.named_parameters()")
+    return taken
