@@ -60,11 +60,17 @@ class Attachment:
 class SessionActor:
     """Serves one session to many calls. Everything is called on the event loop."""
 
-    def __init__(self, session: Session, opened: SessionOpened, surroundings: Surroundings) -> None:
+    def __init__(
+        self,
+        session: Session,
+        opened: SessionOpened,
+        reserved_bytes: int,
+        surroundings: Surroundings,
+    ) -> None:
         """Serve ``session``, which nobody else may touch from now on."""
         self.session = session
         self.opened = opened
-        self.reserved_bytes = opened.reserved_bytes
+        self.reserved_bytes = reserved_bytes
         self.created_s = self.used_s = surroundings.clock()
         self.stepped_s: float | None = None
         self.closed = False

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from optserve_server.core.errors import LimitExceededError, MemoryExhaustedError
+from optserve_server.core.events import Observer
 from optserve_server.core.limits import Limits
 from optserve_server.core.optimizers import OPTIMIZERS, rehearse
 from optserve_server.core.spec import SessionSpec
@@ -47,9 +48,10 @@ def session_bytes(spec: SessionSpec) -> int:
 class Budget:
     """How much memory is promised to whom."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, observer: Observer) -> None:
         """Give out at most ``limits.memory_bytes_max``."""
         self._limits = limits
+        self._observer = observer
         self.reserved_bytes = 0
 
     def reserve(self, count: int, *, what: str, field: str) -> None:
@@ -73,11 +75,11 @@ class Budget:
                 actual=f"{count} bytes",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        self.reserved_bytes += count
+        self._set(self.reserved_bytes + count)
 
     def release(self, count: int) -> None:
         """Give back what was promised."""
-        self.reserved_bytes -= count
+        self._set(self.reserved_bytes - count)
 
     def check_session(self, count: int) -> None:
         """Make sure that no session is larger than allowed.
@@ -101,3 +103,7 @@ class Budget:
             yield
         finally:
             self.release(count)
+
+    def _set(self, reserved_bytes: int) -> None:
+        self.reserved_bytes = reserved_bytes
+        self._observer.memory_reserved(reserved_bytes)

@@ -65,8 +65,6 @@ class SessionOpened:
     session_id: str
     optimizer: str
     """torch's name of its optimizer: ``Adam``."""
-    reserved_bytes: int
-    """Memory reserved for parameters, optimizer state and gradients."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +103,9 @@ class Observer(Protocol):
 
     def session_closed(self, event: SessionOpened) -> None:
         """A session is gone; ``event`` equals the one that it was opened with."""
+
+    def memory_reserved(self, reserved_bytes: int) -> None:
+        """Sessions, uploads and evaluations together have so much memory reserved now."""
 
     def step_applied(self, event: StepApplied) -> None:
         """A session made a step."""
@@ -147,6 +148,9 @@ class NullObserver:
         """Ignore it."""
 
     def session_closed(self, event: SessionOpened) -> None:
+        """Ignore it."""
+
+    def memory_reserved(self, reserved_bytes: int) -> None:
         """Ignore it."""
 
     def step_applied(self, event: StepApplied) -> None:

@@ -27,7 +27,7 @@ class SessionRegistry:
         """Start without sessions."""
         self.limits = limits
         self.surroundings = surroundings
-        self.budget = Budget(limits)
+        self.budget = Budget(limits, surroundings.observer)
         self._draining = False
         self._actors: dict[str, SessionActor] = {}
         self._order: dict[str, int] = {}
@@ -82,9 +82,8 @@ class SessionRegistry:
         opened = SessionOpened(
             session_id=secrets.token_hex(_ID_BYTES),
             optimizer=spec.optimizer.kind,
-            reserved_bytes=count,
         )
-        actor = SessionActor(session, opened, surroundings)
+        actor = SessionActor(session, opened, count, surroundings)
         self._actors[opened.session_id] = actor
         self._order[opened.session_id] = next(self._sequence)
         surroundings.observer.session_opened(opened)
@@ -120,7 +119,7 @@ class SessionRegistry:
     def resized(self, actor: SessionActor, spec: SessionSpec) -> Iterator[None]:
         """Reserve what a session needs as ``spec``, if that is more than it has.
 
-        For the block that changes it, and for good unless the block raises: a momentum takes memory.
+        For good, unless the block that changes it raises: a momentum takes memory.
 
         Raises:
             LimitError: There is no room for it. Nothing was changed.

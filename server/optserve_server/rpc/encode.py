@@ -62,7 +62,7 @@ def session_status(actor: SessionActor) -> session_pb2.SessionStatus:
         optimizer=spec.optimizer.kind,
         workers=spec.workers,
         parameter_count=sum(parameter.element_count for parameter in spec.parameters),
-        reserved_bytes=actor.opened.reserved_bytes,
+        reserved_bytes=actor.reserved_bytes,
         device=actor.device_name,
         create_time=timestamp(actor.created_s),
         step_time=None if actor.stepped_s is None else timestamp(actor.stepped_s),

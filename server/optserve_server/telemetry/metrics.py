@@ -113,7 +113,9 @@ class Metrics:
             "optserve_refusals_total", "Calls, and steps of streams, refused.", ["reason"]
         )
         sessions = gauge("optserve_sessions", "Open sessions.", ["optimizer"])
-        reserved = gauge("optserve_reserved_bytes", "Memory reserved by open sessions.")
+        reserved = gauge(
+            "optserve_reserved_bytes", "Memory reserved by sessions, uploads and loss evaluations."
+        )
         dropped = counter(
             "optserve_session_metrics_dropped_total",
             "Sessions opened beyond the cap, which have no series of their own.",
@@ -141,14 +143,16 @@ class Metrics:
     def session_opened(self, event: SessionOpened) -> None:
         """Count it, and give it series of its own if there is room."""
         self._sessions[event.optimizer].inc()
-        self._reserved.inc(event.reserved_bytes)
         self._session_gauges.open(event)
 
     def session_closed(self, event: SessionOpened) -> None:
         """Count it no more, and take its series away."""
         self._sessions[event.optimizer].dec()
-        self._reserved.dec(event.reserved_bytes)
         self._session_gauges.close(event.session_id)
+
+    def memory_reserved(self, reserved_bytes: int) -> None:
+        """Show how much memory is promised."""
+        self._reserved.set(reserved_bytes)
 
     def step_applied(self, event: StepApplied) -> None:
         """Count the step, and show it."""

@@ -64,7 +64,7 @@ def build(registry: CollectorRegistry, sessions_max: int = 2) -> Metrics:
 
 
 def opened(session_id: str = "a" * 32, optimizer: str = "Adam") -> SessionOpened:
-    return SessionOpened(session_id=session_id, optimizer=optimizer, reserved_bytes=1000)
+    return SessionOpened(session_id=session_id, optimizer=optimizer)
 
 
 def applied(
@@ -272,14 +272,20 @@ def test_closing_a_session_removes_all_its_series(
     metrics.step_applied(applied(1))
     metrics.loss_evaluated(evaluated("train", 2.0, accuracy=0.5))
     assert registry.get_sample_value("optserve_sessions", {"optimizer": "Adam"}) == 1
-    assert registry.get_sample_value("optserve_reserved_bytes") == 1000
 
     metrics.session_closed(session)
 
     assert sessions_shown(registry) == set()
     assert registry.get_sample_value("optserve_sessions", {"optimizer": "Adam"}) == 0
-    assert registry.get_sample_value("optserve_reserved_bytes") == 0
     assert registry.get_sample_value("optserve_steps_total", {"optimizer": "Adam"}) == 1
+
+
+def test_reserved_memory_is_shown_as_it_was_last_told(
+    registry: CollectorRegistry, metrics: Metrics
+) -> None:
+    metrics.memory_reserved(1000)
+    metrics.memory_reserved(250)
+    assert registry.get_sample_value("optserve_reserved_bytes") == 250
 
 
 def test_an_event_after_the_close_brings_no_series_back(
