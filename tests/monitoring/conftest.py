@@ -1,18 +1,24 @@
-"""A real server process, and Debian's own Prometheus and promtool beside it."""
+"""A real server, started as the image starts it, and Debian's own Prometheus and promtool."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
-from monitored_processes import ROOT, Server, stop, until
+from monitoring.scraping import ROOT
+from server_process import ServerProcess, running_server
 
-START_TIMEOUT_S = 60.0  # Importing torch on a busy machine.
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ServerProcess]:
+    """Start a server for these tests alone, for they count what it does."""
+    python, _module, _name, *flags = image_command()
+    assert python == "python"
+    with running_server(*flags, "--host", "127.0.0.1", "--metrics-host", "127.0.0.1") as process:
+        yield process
 
 
 @pytest.fixture(scope="session")
@@ -23,29 +29,6 @@ def promtool() -> str:
 @pytest.fixture(scope="session")
 def prometheus_program() -> str:
     return require("prometheus")
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Start what the image starts, on ports of this machine's choice."""
-    folder = tmp_path_factory.mktemp("server")
-    ready, log = folder / "ready.json", folder / "log"
-    with log.open("wb") as log_file:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, *image_command()[1:]),
-                *("--host", "127.0.0.1", "--port", "0"),
-                *("--metrics-host", "127.0.0.1", "--metrics-port", "0"),
-                *("--device", "cpu", "--ready-file", str(ready)),
-            ],
-            stderr=log_file,
-        )
-    try:
-        until(lambda: ready.exists() or process.poll() is not None, START_TIMEOUT_S, "ready server")
-        assert process.poll() is None, log.read_text()
-        yield Server(**json.loads(ready.read_text()))
-    finally:
-        assert stop(process) == 0, log.read_text()
 
 
 def image_command() -> list[str]:

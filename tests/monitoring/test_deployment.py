@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from monitored_processes import DEPLOY, ROOT
+from monitoring.scraping import DEPLOY, ROOT
 
 PROMETHEUS = DEPLOY / "prometheus"
 

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from monitored_processes import DEPLOY, Server, stop, until
-from monitored_training import STEPS, connected, delete, train
-from promql import metric_names
+from monitoring.promql import metric_names
+from monitoring.scraping import DEPLOY, until
+from monitoring.training import STEPS, connected, delete, train
+from server_process import ServerProcess
 
+STOP_TIMEOUT_S = 30.0
 SCRAPE_TIMEOUT_S = 30.0  # Scrapes come five times a second; a busy machine may keep them waiting.
 
 CONFIGURATION = """
@@ -66,7 +68,7 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def prometheus(
-    prometheus_program: str, server: Server, tmp_path_factory: pytest.TempPathFactory
+    prometheus_program: str, server: ServerProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
     folder = tmp_path_factory.mktemp("prometheus")
     (folder / "prometheus.yml").write_text(
@@ -97,11 +99,12 @@ def prometheus(
         error.add_note(log.read_text())
         raise
     finally:
-        stop(process)
+        process.terminate()
+        process.wait(STOP_TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")
-def session_id(prometheus: Prometheus, server: Server) -> str:
+def session_id(prometheus: Prometheus, server: ServerProcess) -> str:
     """Train, and wait until Prometheus has seen all of it."""
     with connected(server.address) as stub:
         session_id = train(stub)
@@ -125,7 +128,7 @@ def free_port() -> int:
         return port
 
 
-def test_the_server_is_up(prometheus: Prometheus, server: Server) -> None:
+def test_the_server_is_up(prometheus: Prometheus, server: ServerProcess) -> None:
     assert prometheus.query('up{job="optserve"}') == [
         (
             {"__name__": "up", "instance": server.metrics_address, "job": "optserve"},
@@ -185,7 +188,9 @@ def test_a_refusal_and_its_call_are_counted(prometheus: Prometheus, session_id: 
     assert prometheus.value('optserve_refusals_total{reason="INTERNAL"}') == 0
 
 
-def test_a_deleted_session_is_gone_from_every_gauge(prometheus: Prometheus, server: Server) -> None:
+def test_a_deleted_session_is_gone_from_every_gauge(
+    prometheus: Prometheus, server: ServerProcess
+) -> None:
     with connected(server.address) as stub:
         session_id = train(stub)
         query = f'{{session="{session_id}"}}'
