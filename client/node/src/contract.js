@@ -14,6 +14,7 @@ import { tensorFromMessage, tensorOf, tensorToMessage } from './tensor.js';
 
 /** @typedef {{name: string, label: string, type: string, typeName: string}} Field */
 /** @typedef {{[key: string]: any}} Message */
+/** @typedef {import('@grpc/proto-loader').MessageTypeDefinition<Message, Message>} MessageDefinition */
 
 const PACKAGE = 'optserve.v1.';
 const published = fileURLToPath(new URL('../protos', import.meta.url)); // What `npm pack` copied here.
@@ -31,20 +32,20 @@ export const OptimizerService = /** @type {import('@grpc/grpc-js').ServiceClient
   /** @type {any} */ (loadPackageDefinition(definitions)).optserve.v1.OptimizerService
 );
 
-/** @type {Map<string, Map<string, Field>>} */
-const fieldsByMessage = new Map();
+/** @type {Map<string, {fields: Map<string, Field>, choices: Set<string>}>} */
+const messages = new Map();
 /** @type {Map<string, {prefix: string, values: Set<string>}>} */
 const enums = new Map();
 for (const [name, definition] of Object.entries(definitions)) {
   if (definition.format === 'Protocol Buffer 3 DescriptorProto') {
-    const fields = /** @type {{field: Field[]}} */ (definition.type).field;
-    fieldsByMessage.set(name, new Map(fields.map((field) => [field.name, field])));
+    messages.set(name, describe(/** @type {MessageDefinition} */ (definition)));
   } else if (definition.format === 'Protocol Buffer 3 EnumDescriptorProto') {
-    const names = /** @type {{value: {name: string}[]}} */ (definition.type).value.map(
-      (v) => v.name,
-    );
-    const prefix = names[0]?.replace(/UNSPECIFIED$/, '') ?? '';
-    enums.set(name, { prefix, values: new Set(names) });
+    const { value } = /** @type {{value: {name: string}[]}} */ (definition.type);
+    const values = value.map((each) => each.name);
+    enums.set(name, {
+      prefix: values[0]?.replace(/UNSPECIFIED$/, '') ?? '',
+      values: new Set(values),
+    });
   }
 }
 
@@ -59,14 +60,7 @@ for (const [name, definition] of Object.entries(definitions)) {
  * @throws {RequestError} UNKNOWN_FIELD, or INVALID_FIELD; names the field.
  */
 export function encode(type, value, path) {
-  const message = encodeMessage(PACKAGE + type, value, path);
-  // Of several members of a oneof, a message carries only one; which, the other side alone can tell.
-  const definition =
-    /** @type {import('@grpc/proto-loader').MessageTypeDefinition<Message, Message>} */ (
-      definitions[PACKAGE + type]
-    );
-  refuseLost(message, definition.deserialize(definition.serialize(message)), path);
-  return message;
+  return encodeMessage(PACKAGE + type, value, path);
 }
 
 /**
@@ -93,7 +87,7 @@ function encodeMessage(type, value, path) {
   ) {
     throw invalid(path, 'an object', value);
   }
-  const fields = fieldsOf(type);
+  const { fields, choices } = descriptionOf(type);
   /** @type {Message} */
   const message = {};
   for (const [key, member] of Object.entries(value)) {
@@ -112,6 +106,8 @@ function encodeMessage(type, value, path) {
     }
     message[key] = encodeField(field, member, `${path}.${key}`);
   }
+  const chosen = Object.keys(message).filter((key) => choices.has(key));
+  if (chosen.length > 1) throw invalid(path, 'one of them', chosen.join(' and '));
   return message;
 }
 
@@ -150,26 +146,6 @@ function encodeValue(field, value, path) {
   }
 }
 
-/** @param {Message} sent @param {Message} carried @param {string} path */
-function refuseLost(sent, carried, path) {
-  for (const [key, value] of Object.entries(sent)) {
-    const other = carried[key];
-    if (other === undefined || other === null) {
-      throw new RequestError(
-        `${path}.${key} cannot stand beside the other fields of ${path}: give one of them`,
-        {
-          reason: 'INVALID_FIELD',
-          field: `${path}.${key}`,
-          expected: 'one of them',
-          actual: Object.keys(sent).join(', '),
-        },
-      );
-    }
-    if (typeof value === 'object' && !ArrayBuffer.isView(value))
-      refuseLost(value, other, `${path}.${key}`);
-  }
-}
-
 /** @param {string} type @param {Message} message @returns {any} */
 function decodeMessage(type, message) {
   if (type === PACKAGE + 'Tensor') return tensorFromMessage(message);
@@ -177,7 +153,7 @@ function decodeMessage(type, message) {
     return new Date(message.seconds * 1e3 + message.nanos / 1e6);
   /** @type {Message} */
   const plain = {};
-  for (const [name, field] of fieldsOf(type)) {
+  for (const [name, field] of descriptionOf(type).fields) {
     const value = message[name];
     if (value === undefined || value === null) continue;
     const decoded =
@@ -197,11 +173,26 @@ function decodeValue(field, value) {
   return value === `${prefix}UNSPECIFIED` ? undefined : value.slice(prefix.length);
 }
 
+/** @param {MessageDefinition} definition */
+function describe({ type, deserialize }) {
+  const { field, oneofDecl } = /** @type {{field: Field[], oneofDecl: {name: string}[]}} */ (type);
+  // What loadSync says about membership of oneofs is not to be relied on: 0 stands for the first as well as for none. But
+  // members have no default, so that an empty message lacks them; and so do `optional` fields, each in a oneof of its own.
+  const empty = deserialize(Buffer.alloc(0));
+  const alone = new Set(oneofDecl.map(({ name }) => name.replace(/^_/, '')));
+  const names = field.map(({ name }) => name);
+  return {
+    fields: new Map(field.map((each) => [each.name, each])),
+    /** Fields of which only one may be set. */
+    choices: new Set(names.filter((name) => !(name in empty) && !alone.has(name))),
+  };
+}
+
 /** @param {string} type */
-function fieldsOf(type) {
-  const fields = fieldsByMessage.get(type);
-  if (fields === undefined) throw new TypeError(`the contract has no message ${type}`);
-  return fields;
+function descriptionOf(type) {
+  const description = messages.get(type);
+  if (description === undefined) throw new TypeError(`the contract has no message ${type}`);
+  return description;
 }
 
 /** @param {Field} field */

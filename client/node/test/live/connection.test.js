@@ -1,0 +1,128 @@
+/** What happens when the connection does. Needs a server: OPTSERVE_ADDRESS=host:port node --test test/live/ */
+import assert from 'node:assert/strict';
+import { after, test } from 'node:test';
+
+import {
+  ClosedError,
+  connect,
+  DeadlineError,
+  SessionError,
+  UnavailableError,
+} from '../../src/index.js';
+import { Proxy } from './proxy.js';
+
+const address = process.env.OPTSERVE_ADDRESS;
+if (address === undefined) throw new Error('OPTSERVE_ADDRESS must name a server');
+
+const ELEMENTS = 1 << 20; // 4 MiB: more than a message holds.
+const ones = new Float32Array(ELEMENTS).fill(1);
+
+/** @type {(() => unknown)[]} */
+const leftovers = [];
+after(async () => {
+  for (const end of leftovers.reverse()) await end();
+});
+
+/**
+ * A session whose only parameter, `w`, is minus the number of steps that have been applied.
+ *
+ * @param {{through?: string} & import('../../src/index.js').ClientOptions} [options]
+ */
+async function counted({ through = address, ...options } = {}) {
+  const client = connect(/** @type {string} */ (through), options);
+  leftovers.push(() => client.close());
+  const session = await client.createSession({
+    parameters: { w: new Float32Array(ELEMENTS) },
+    optimizer: { sgd: { lr: 1 } },
+  });
+  leftovers.push(() => forget(session.id));
+  return { client, session };
+}
+
+/** @param {string} sessionId */
+async function forget(sessionId) {
+  const client = connect(/** @type {string} */ (address));
+  const session = await client.getSession(sessionId).catch(() => undefined);
+  await session?.delete();
+  await client.close();
+}
+
+async function proxied() {
+  const proxy = new Proxy(/** @type {string} */ (address));
+  leftovers.push(() => proxy.close());
+  return { proxy, through: await proxy.open() };
+}
+
+test('a step whose answer is lost on the way is applied once', async () => {
+  const { proxy, through } = await proxied();
+  const { session } = await counted({ through });
+  await session.step({ w: ones });
+  proxy.answerBytesMax = 1 << 20; // The answer is cut in its middle: the server has applied the step.
+  const second = await session.step({ w: ones });
+  assert.equal(proxy.cuts, 1);
+  assert.equal(second.step, 2);
+  assert.equal(second.replayed, true);
+  assert.ok(second.parameters.w?.data.every((value) => value === -2));
+  const third = await session.step({ w: ones });
+  assert.equal(third.replayed, false);
+  assert.ok(third.parameters.w?.data.every((value) => value === -3));
+});
+
+test('a step does not wait for ever for a server that says nothing', async () => {
+  const { proxy, through } = await proxied();
+  const { session } = await counted({ through, timeoutS: 1 });
+  await session.step({ w: ones });
+  proxy.block();
+  await assert.rejects(session.step({ w: ones }), DeadlineError);
+});
+
+test('a server that is not there is unavailable', async () => {
+  const { proxy, through } = await proxied();
+  proxy.close();
+  const client = connect(through, { retries: 0 });
+  await assert.rejects(client.serverInfo(), UnavailableError);
+  await client.close();
+});
+
+test('parameters are written into the arrays that the caller brings', async () => {
+  const { session } = await counted();
+  const w = new Float32Array(ELEMENTS);
+  const { parameters } = await session.step({ w: ones }, { into: { w } });
+  assert.equal(parameters.w?.data, w);
+  assert.ok(w.every((value) => value === -1));
+  await assert.rejects(session.step({ w: ones }, { into: { v: w } }), { reason: 'UNKNOWN_NAME' });
+});
+
+test('a step that is refused while its gradients are under way does not end the stream', async () => {
+  const { session } = await counted();
+  const worker = await session.join();
+  const wrong = new Float64Array(4 * ELEMENTS); // 32 MiB, of which the first event is refused.
+  await assert.rejects(worker.step({ w: wrong }), { reason: 'DATA_TYPE_MISMATCH' });
+  await assert.rejects(worker.step({ w: ones.subarray(1) }), { reason: 'SHAPE_MISMATCH' });
+  const { step, parameters } = await worker.step({ w: ones });
+  assert.deepEqual([step, parameters.w?.data[0]], [1, -1]);
+});
+
+test('steps that are asked for at once are taken one after the other', async () => {
+  const { session } = await counted();
+  const results = await Promise.all([1, 2, 3].map(() => session.step({ w: ones })));
+  assert.deepEqual(
+    results.map(({ step, parameters }) => [step, parameters.w?.data[0]]),
+    [1, 2, 3].map((step) => [step, -step]),
+  );
+});
+
+test('a step of a session that is deleted meanwhile is refused', async () => {
+  const { client, session } = await counted();
+  await session.step({ w: ones });
+  await (await client.getSession(session.id)).delete();
+  await assert.rejects(session.step({ w: ones }), SessionError);
+});
+
+test('a client that has been closed says so', async () => {
+  const { client, session } = await counted();
+  await session.step({ w: ones });
+  await client.close();
+  await assert.rejects(client.serverInfo(), ClosedError);
+  await assert.rejects(session.step({ w: ones }), ClosedError);
+});
