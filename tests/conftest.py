@@ -1,0 +1,46 @@
+"""What tests of several folders share: a real server, and the ways to reach a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from drivers import Driver
+from drivers_core import CoreDriver
+from drivers_grpc import StubDriver, served_in_process
+from server_process import ServerProcess, running_server
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ServerProcess]:
+    """Start one real server for the whole run."""
+    with running_server() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def core_driver() -> Iterator[Driver]:
+    """Drive the core, without gRPC."""
+    with CoreDriver() as driver:
+        yield driver
+
+
+@pytest.fixture(scope="session")
+def grpc_driver() -> Iterator[Driver]:
+    """Drive a gRPC server in this process."""
+    with served_in_process() as address, StubDriver(address) as driver:
+        yield driver
+
+
+@pytest.fixture(scope="session")
+def process_driver(server: ServerProcess) -> Iterator[Driver]:
+    """Drive a real server process."""
+    with StubDriver(server.address) as driver:
+        yield driver
+
+
+@pytest.fixture(params=["core", "grpc", "process"])
+def driver(request: pytest.FixtureRequest) -> Driver:
+    """Run a scenario through every driver."""
+    chosen: Driver = request.getfixturevalue(f"{request.param}_driver")
+    return chosen

@@ -1,0 +1,240 @@
+"""The core in this process, without gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from drivers import Evaluation, StepAnswer, Tensors
+from event_loop import EventLoopThread
+from refusals import RefusedError, translated
+from torch import Tensor
+
+from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.session_pb2 import Session, SessionSpec, SessionStatus, Split
+from optserve_server.core.actor import SessionActor, Surroundings
+from optserve_server.core.device import Device
+from optserve_server.core.errors import OptserveError
+from optserve_server.core.events import NullObserver
+from optserve_server.core.limits import Limits
+from optserve_server.core.registry import SessionRegistry
+from optserve_server.core.tensors import spec_of
+from optserve_server.rpc import change, decode, decode_spec, encode
+
+_T = TypeVar("_T")
+
+
+@contextmanager
+def registry_on(loop: EventLoopThread, limits: Limits) -> Iterator[SessionRegistry]:
+    """Make a registry of sessions whose events happen on ``loop``."""
+    with ThreadPoolExecutor(4) as executor:
+        surroundings = Surroundings(
+            device=Device("cpu"), executor=executor, clock=time.time, observer=NullObserver()
+        )
+        yield loop.call(lambda: SessionRegistry(limits, surroundings))
+
+
+class CoreDriver:
+    """Calls the core as the servicer does, with the contract's messages at its edge only."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self.loop = self._stack.enter_context(EventLoopThread())
+        self.registry = self._stack.enter_context(registry_on(self.loop, self._limits))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def create(self, spec: SessionSpec, values: Tensors | None = None) -> Session:
+        async def created() -> Session:
+            actor = await self.registry.create(decode_spec.session_spec(spec, self._limits))
+            if values:
+                await _set(actor, values)
+            return encode.session(actor)
+
+        return self._run(created())
+
+    def get(self, session_id: str) -> Session:
+        return self._call(lambda: encode.session(self.registry.find(session_id)))
+
+    def sessions(self, page_size: int = 0, page_token: str = "") -> pb.ListSessionsResponse:
+        after, count = decode.page(page_size, page_token, 100)
+        actors, next_after = self._call(lambda: self.registry.page(after=after, count=count))
+        return pb.ListSessionsResponse(
+            sessions=[encode.session_status(actor) for actor in actors],
+            next_page_token="" if next_after is None else str(next_after),
+        )
+
+    def update(self, request: pb.UpdateSessionRequest) -> Session:
+        async def updated() -> Session:
+            actor = self.registry.find(request.session_id)
+            changes = change.session_change(request, actor.session, self._limits)
+            with self.registry.resized(actor, change.changed_spec(actor.session.spec, changes)):
+                await actor.change(changes)
+            return encode.session(actor)
+
+        return self._run(updated())
+
+    def delete(self, session_id: str) -> SessionStatus:
+        return encode.session_status(self._run(self.registry.delete(session_id)))
+
+    def upload(self, session_id: str, values: Tensors) -> SessionStatus:
+        async def uploaded() -> SessionStatus:
+            actor = self.registry.find(session_id)
+            await _set(actor, values)
+            return encode.session_status(actor)
+
+        return self._run(uploaded())
+
+    def download(self, session_id: str, names: Sequence[str] = ()) -> dict[str, Tensor]:
+        async def downloaded() -> dict[str, Tensor]:
+            actor = self.registry.find(session_id)
+            actor.session.check_ready()
+            values = await _parameters(actor)
+            return {name: values[name] for name in names} if names else values
+
+        return self._run(downloaded())
+
+    @contextmanager
+    def worker(self, session_id: str, worker: int = 0) -> Iterator[_CoreWorker]:
+        stream = _CoreWorker()
+        serving = self.loop.start(stream.serve(self.registry, session_id, worker))
+        try:
+            with translated():
+                stream.status = stream.opened.result()
+            yield stream
+        finally:
+            self.loop.call(stream.leave)
+            serving.exception()
+
+    def end_epoch(self, session_id: str, epoch: int) -> SessionStatus:
+        async def ended() -> SessionStatus:
+            actor = self.registry.find(session_id)
+            await actor.end_epoch(epoch)
+            return encode.session_status(actor)
+
+        return self._run(ended())
+
+    def evaluate(
+        self,
+        session_id: str,
+        predictions: Tensor,
+        targets: Tensor,
+        *,
+        split: Split.ValueType = Split.SPLIT_UNSPECIFIED,
+        gradient: bool = False,
+    ) -> Evaluation:
+        async def evaluated() -> Evaluation:
+            actor = self.registry.find(session_id)
+            outcome = await actor.evaluate(
+                decode.split(split), predictions, targets, with_gradient=gradient
+            )
+            return Evaluation(
+                result=encode.loss_result(outcome, actor.session.steps),
+                gradient=outcome.gradient,
+                elements=outcome.elements,
+            )
+
+        return self._run(evaluated())
+
+    def loss_points(self, request: pb.ListLossPointsRequest) -> pb.ListLossPointsResponse:
+        after, count = decode.page(request.page_size, request.page_token, 10_000)
+        history = self._call(lambda: self.registry.find(request.session_id)).session.history
+        page = history.page(decode.split(request.split), after=after, count=count)
+        return pb.ListLossPointsResponse(
+            points=[encode.loss_point(point) for point in page.points],
+            forgotten=page.forgotten,
+            next_page_token=str(page.points[-1].sequence) if page.more else "",
+        )
+
+    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        with translated():
+            return self.loop.run(work)
+
+    def _call(self, function: Callable[[], _T]) -> _T:
+        with translated():
+            return self.loop.call(function)
+
+
+class _CoreWorker:
+    """One worker's steps, one after the other, in a task that is attached to the session."""
+
+    status: SessionStatus
+
+    def __init__(self) -> None:
+        self.opened: Future[SessionStatus] = Future()
+        self._steps: asyncio.Queue[tuple[int, Tensors, Future[StepAnswer]] | None]
+        self._task: asyncio.Task[Any] | None = None
+        self._loop: asyncio.AbstractEventLoop
+
+    async def serve(self, registry: SessionRegistry, session_id: str, worker: int) -> None:
+        """Take steps until the worker leaves."""
+        self._loop, self._steps = asyncio.get_running_loop(), asyncio.Queue()
+        self._task = asyncio.current_task()
+        answer: Future[StepAnswer] = Future()
+        try:
+            actor = registry.find(session_id)
+            with actor.attach(worker):
+                self.opened.set_result(encode.session_status(actor))
+                while (item := await self._steps.get()) is not None:
+                    step, gradients, answer = item
+                    await _answer(actor, worker, step, gradients, answer)
+        except OptserveError as error:  # Ends the stream, and with it the step that goes on.
+            if not self.opened.done():
+                self.opened.set_exception(error)
+            elif not answer.done():
+                answer.set_exception(RefusedError.from_error(error))
+
+    def start(self, step: int, gradients: Tensors) -> Future[StepAnswer]:
+        answer: Future[StepAnswer] = Future()
+        self._loop.call_soon_threadsafe(self._steps.put_nowait, (step, gradients, answer))
+        return answer
+
+    def abandon(self) -> None:
+        assert self._task is not None
+        self._loop.call_soon_threadsafe(self._task.cancel)
+
+    def leave(self) -> None:
+        """End the stream once the steps that were sent have been answered."""
+        self._steps.put_nowait(None)
+
+
+async def _answer(
+    actor: SessionActor, worker: int, step: int, gradients: Tensors, answer: Future[StepAnswer]
+) -> None:
+    try:
+        specs = [spec_of(name, gradient) for name, gradient in gradients.items()]
+        contribution = actor.begin(worker, step, specs)
+        for target, gradient in zip(contribution.targets, gradients.values(), strict=False):
+            target.copy_(gradient)
+        outcome, replayed = await actor.commit(contribution)
+        result = encode.step_result(outcome, replayed=replayed)
+        answer.set_result(StepAnswer(result=result, parameters=await _parameters(actor)))
+    except OptserveError as error:
+        answer.set_exception(RefusedError.from_error(error))
+
+
+async def _set(actor: SessionActor, values: Tensors) -> None:
+    specs = [spec_of(name, value) for name, value in values.items()]
+    positions = actor.positions_of(specs, "parameters")
+    await actor.set_parameters(dict(zip(positions, values.values(), strict=True)))
+
+
+async def _parameters(actor: SessionActor) -> dict[str, Tensor]:
+    async with actor.reading() as parameters:
+        named = zip(actor.session.spec.parameters, parameters, strict=True)
+        return {spec.name: parameter.clone() for spec, parameter in named}
