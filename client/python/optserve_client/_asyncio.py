@@ -149,7 +149,7 @@ class _TrainStream:
         raise ProtocolError("the server ended the stream in the middle of a conversation")
 
     async def end(self) -> None:
-        """Half-close, and wait for the server's end; cancel what another task does on the stream."""
+        """Half-close, and wait for the end; cancel what another task does on the stream."""
         try:
             if not self._conversing:
                 self._outbox.put_nowait(None)

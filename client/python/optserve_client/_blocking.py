@@ -152,7 +152,7 @@ class _TrainStream:
         raise ProtocolError("the server ended the stream in the middle of a conversation")
 
     def end(self) -> None:
-        """Half-close, and wait for the server's end; cancel what another thread does on the stream."""
+        """Half-close, and wait for the end; cancel what another thread does on the stream."""
         if not self._conversing:
             self._outbox.put(None)
             with suppress(grpc.RpcError):
