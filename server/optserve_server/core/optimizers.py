@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from optserve_server.core.errors import InvalidHyperparameterError
 from optserve_server.core.spec import Value
+from optserve_server.core.tensors import dtype_name
 
 _NOT_OFFERED = {
     "params",
@@ -33,6 +34,11 @@ class OptimizerKind:
 
     A later change would be silently without effect.
     """
+    fused_dtypes: tuple[torch.dtype, ...] = (
+        *(torch.float16, torch.bfloat16),
+        *(torch.float32, torch.float64),
+    )
+    """Data types of which torch's fused update, if there is one, is right."""
 
     @property
     def name(self) -> str:
@@ -55,7 +61,9 @@ class OptimizerKind:
 OPTIMIZERS: dict[str, OptimizerKind] = {
     kind.name: kind
     for kind in (
-        OptimizerKind(torch_class=torch.optim.SGD),
+        # On the CPU the fused update misses by more than the step where a tensor of 16-bit floats
+        # fills a vector register: seen in torch 2.13.
+        OptimizerKind(torch_class=torch.optim.SGD, fused_dtypes=(torch.float32, torch.float64)),
         OptimizerKind(torch_class=torch.optim.Adam),
         OptimizerKind(torch_class=torch.optim.AdamW),
         OptimizerKind(torch_class=torch.optim.RMSprop),
@@ -66,14 +74,16 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
 }
 
 
-def effective_hyperparameters(kind: OptimizerKind, given: Mapping[str, Value]) -> dict[str, Value]:
+def effective_hyperparameters(
+    kind: OptimizerKind, given: Mapping[str, Value], dtypes: Iterable[torch.dtype] = ()
+) -> dict[str, Value]:
     """Return every hyperparameter in force: what was given, else torch's default.
 
     The one departure: ``fused`` is on unless it, or ``foreach``, was given, because it is several
-    times faster. Hyperparameters on which torch decides at each step (``foreach``) are left out
-    unless given.
+    times faster; and unless it is wrong for one of the parameters' ``dtypes``. Hyperparameters on
+    which torch decides at each step (``foreach``) are left out unless given.
     """
-    fused = None if given.get("foreach") else True
+    fused = None if given.get("foreach") else set(dtypes) <= set(kind.fused_dtypes)
     values = {**kind.defaults, "fused": fused, **given}
     return {
         name: value for name, value in values.items() if name in kind.defaults and value is not None
@@ -90,11 +100,34 @@ def build(
     """
     # torch reads the fixed ones from here, and only here; they are the same in every group.
     arguments: dict[str, Any] = dict(groups[0][1])
-    torch_groups = [{"params": tensors, **own} for tensors, own in groups]
+    # What a group leaves to torch it must not get from the first group.
+    torch_groups = [{"params": tensors, **kind.defaults, **own} for tensors, own in groups]
     try:
         return kind.torch_class(torch_groups, **arguments)
     except (ValueError, RuntimeError) as error:
         raise _refused(kind, error) from None
+
+
+def step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
+    """Step the parameters that have a gradient; their gradients are consumed.
+
+    torch's fused SGD breaks off when some of them have a momentum already and others get their
+    first gradient. Each parameter stands for itself, so the newcomers may step after the others.
+    """
+    late: dict[Tensor, Tensor | None] = {}
+    if isinstance(optimizer, torch.optim.SGD):
+        present = [parameter for parameter in parameters if parameter.grad is not None]
+        new = [parameter for parameter in present if not optimizer.state.get(parameter)]
+        late = {each: each.grad for each in new} if len(new) < len(present) else {}
+    for parameter in late:
+        parameter.grad = None
+    optimizer.step()
+    if late:
+        for parameter in parameters:
+            parameter.grad = late.get(parameter)
+        optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def rehearse(
@@ -120,6 +153,14 @@ def rehearse(
     Raises:
         InvalidHyperparameterError: torch does not take them, or keeps no state for the change.
     """
+    for hyperparameters in (old, new or {}):
+        if hyperparameters.get("fused") and dtype not in kind.fused_dtypes:
+            raise InvalidHyperparameterError(
+                f"torch's fused {kind.name} is wrong for {dtype_name(dtype)}; leave fused unset",
+                field="optimizer",
+                expected="fused unset or false",
+                actual="fused = true",
+            )
     parameter = torch.zeros(_PROBE_ELEMENTS, dtype=dtype)
     parameter.grad = torch.zeros_like(parameter)
     optimizer = build(kind, [([parameter], old)])

@@ -325,9 +325,8 @@ class Session:
     def _apply(self, gradients: Sequence[Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
-        self._optimizer.step()
+        optimizers.step(self._optimizer, self._parameters)
         for parameter, mirror in zip(self._parameters, self._mirrors, strict=True):
-            parameter.grad = None
             if mirror is not parameter:
                 mirror.copy_(parameter, non_blocking=True)
         self._device.synchronize()

@@ -66,7 +66,9 @@ def session_spec(message: session_pb2.SessionSpec, limits: Limits) -> SessionSpe
         optimizer=Choice(
             kind=optimizer.kind,
             arguments=optimizers.effective_hyperparameters(
-                OPTIMIZERS[optimizer.kind], optimizer.arguments
+                OPTIMIZERS[optimizer.kind],
+                optimizer.arguments,
+                {parameter.dtype for parameter in parameters},
             ),
         ),
         groups=_groups(message.groups, parameters, optimizer, limits),
@@ -179,37 +181,33 @@ def _groups(
         )
     kind = OPTIMIZERS[optimizer.kind]
     positions = {parameter.name: i for i, parameter in enumerate(parameters)}
-    groups: dict[str, GroupSpec] = {}
+    given: dict[str, Mapping[str, Value]] = {}
+    taken: dict[str, tuple[int, ...]] = {}
     for i, message in enumerate(messages):
         field = f"spec.groups[{i}]"
         decode.check_name(message.name, limits, f"{field}.name")
-        if message.name in groups:
+        if message.name in given:
             raise InvalidNameError(
                 f"group {message.name!r} is there twice", field=f"{field}.name", actual=message.name
             )
         own = overrides(message.overrides, kind.name, f"{field}.overrides", limits)
         _check_fixed(kind, own, optimizer.arguments, f"{field}.overrides")
-        groups[message.name] = GroupSpec(
-            name=message.name,
-            parameters=_take(message, positions, field),
+        given[message.name] = {**optimizer.arguments, **own}
+        taken[message.name] = _take(message, positions, field)
+    # The rest is the default group, which comes first if there is any.
+    given = {DEFAULT_GROUP: optimizer.arguments, **given}
+    taken |= {DEFAULT_GROUP: tuple(positions.values())}
+    return tuple(
+        GroupSpec(
+            name=name,
+            parameters=taken[name],
             hyperparameters=optimizers.effective_hyperparameters(
-                kind, {**optimizer.arguments, **own}
+                kind, hyperparameters, {parameters[i].dtype for i in taken[name]}
             ),
         )
-    default = groups.pop(DEFAULT_GROUP, None)
-    if positions or default:
-        hyperparameters = (
-            default.hyperparameters
-            if default
-            else optimizers.effective_hyperparameters(kind, optimizer.arguments)
-        )
-        rest = GroupSpec(
-            name=DEFAULT_GROUP,
-            parameters=tuple(positions.values()),
-            hyperparameters=hyperparameters,
-        )
-        return (rest, *groups.values()) if rest.parameters else tuple(groups.values())
-    return tuple(groups.values())
+        for name, hyperparameters in given.items()
+        if taken[name]
+    )
 
 
 def _take(
