@@ -1,6 +1,7 @@
 """Let every client take the exam against a real server, and print who passed what.
 
-python run.py [--client NAME]... [--scenario NAME]... [--require NAME]... [--address HOST:PORT]
+python run.py [--client NAME]... [--scenario NAME]... [--require NAME]...
+              [--folder SCENARIOS] [--address HOST:PORT]
 """
 
 from __future__ import annotations
@@ -121,10 +122,13 @@ def main() -> int:
     parser.add_argument("--client", action="append", choices=known, help="only this one")
     parser.add_argument("--scenario", action="append", help="only this one")
     parser.add_argument("--require", action="append", choices=known, default=[], help="must run")
+    parser.add_argument(
+        "--folder", type=Path, default=HERE / "scenarios", help="where the scenarios are"
+    )
     parser.add_argument("--address", help="of a server that runs already")
     args = parser.parse_args()
-    names = args.scenario or sorted(path.stem for path in (HERE / "scenarios").glob("*.json"))
-    scenarios = [HERE / "scenarios" / f"{name}.json" for name in names]
+    names = args.scenario or sorted(path.stem for path in args.folder.glob("*.json"))
+    scenarios = [args.folder / f"{name}.json" for name in names]
     chosen = {name: known[name] for name in args.client or known}
     able = {name: runner for name, runner in chosen.items() if runner.obstacle is None}
     reports: dict[str, Report] = {}

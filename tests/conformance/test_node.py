@@ -1,0 +1,61 @@
+"""The Node client's own tests, its sample, and its README."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def run(folder: Path, *arguments: str, address: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["node", *arguments],
+        cwd=folder,
+        env={**os.environ, "OPTSERVE_ADDRESS": address},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_units_of_the_node_client(node: Path) -> None:
+    files = [str(path) for path in sorted(node.glob("test/*.test.js"))]
+    tests = run(node, "--test", *files)
+    assert tests.returncode == 0, tests.stdout
+    assert re.search(r"^# pass [1-9]", tests.stdout, re.MULTILINE)
+
+
+def test_node_client_when_its_connection_breaks(node: Path, exam_address: str) -> None:
+    files = [str(path) for path in sorted(node.glob("test/live/*.test.js"))]
+    tests = run(node, "--test", *files, address=exam_address)
+    assert tests.returncode == 0, tests.stdout
+    assert re.search(r"^# pass [1-9]", tests.stdout, re.MULTILINE)
+
+
+def test_node_quickstart_trains(node: Path, exam_address: str) -> None:
+    sample = run(node, "samples/quickstart.js", exam_address)
+    assert sample.returncode == 0, sample.stderr
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", sample.stdout)]
+    assert len(losses) == 5
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] / 2
+
+
+def test_code_of_the_node_readme_runs(node: Path, exam_address: str) -> None:
+    (code,) = re.findall(r"```js\n(.*?)```", (node / "README.md").read_text("utf-8"), re.DOTALL)
+    code = code.replace("localhost:50051", exam_address)
+    example = run(node, "--input-type=module", "--eval", code)
+    assert example.returncode == 0, example.stderr
+    assert example.stdout.startswith("1 0.404")  # ln(1 + e^-0.8) and ln(1 + e^-0.6), their mean.
+
+
+def test_types_and_formatting_of_the_node_client(node: Path) -> None:
+    check = subprocess.run(
+        ["npm", "run", "--silent", "check"], cwd=node, capture_output=True, text=True, check=False
+    )
+    assert check.returncode == 0, check.stdout + check.stderr
