@@ -57,7 +57,7 @@ class CallSite:
 
 
 class _EndedCall(Protocol):
-    """What the errors of both faces of grpc have, and ``grpc.RpcError`` does not declare."""
+    """What the errors of both faces of grpc have; the stubs know the metadata of one of them."""
 
     def code(self) -> grpc.StatusCode: ...
     def details(self) -> str | None: ...

@@ -2,31 +2,35 @@
 
 ::
 
-    OptserveError ├── RequestError                    the caller's mistake: the same again is
-    refused again │   ├── InvalidFieldError               a field is missing, or has a value that is
-    not allowed │   ├── InvalidNameError                a name is empty, too long, or stands twice │
-    ├── UnknownNameError                a name is no parameter, or no group, of the session │   ├──
-    InvalidHyperparameterError      a value is not allowed, or does not go with the others │   ├──
-    InvalidExpressionError          a schedule's expression is more than finite arithmetic │   ├──
-    ShapeMismatchError              a tensor has another shape than it must have │   ├──
-    DataTypeMismatchError           a tensor has another data type than it must have │   ├──
-    NonFiniteGradientError          a gradient holds a NaN or an infinity │   ├── NoGradientError
-    no worker brought a gradient to the step │   └── TargetOutOfRangeError           a target is no
-    class, or no probability, of the loss ├── SessionError                    the session's state:
-    ask for its status, and go on from there │   ├── SessionNotFoundError            there is no
-    such session │   ├── SessionDeletedError             it was deleted while the call was going on
-    │   ├── SessionFailedError              it can only be deleted │   ├── ParametersNotSetError
-    not every parameter has a value │   ├── LossNotSetError                 it has no loss to
-    evaluate │   ├── StepOutOfOrderError             the step is neither the next one nor the last
-    one │   ├── EpochOutOfOrderError            the epoch is neither the next one nor the last one │
-    ├── EpochEmptyError                 the epoch has no step │   ├── WorkerBusyError
-    another call is sending for this worker │   ├── RoundTimeoutError               the other
-    workers did not come: take the same step again │   └── ScheduleFailedError             the
-    schedule has no finite rate for the next count └── ServiceError                    the server,
-    or the way to it
+    OptserveError
+    ├── RequestError                    the caller's mistake: the same again is refused again
+    │   ├── InvalidFieldError               a field is missing, or has a value that is not allowed
+    │   ├── InvalidNameError                a name is empty, too long, or stands twice
+    │   ├── UnknownNameError                a name is no parameter, or no group, of the session
+    │   ├── InvalidHyperparameterError      a value is not allowed, or not with the others
+    │   ├── InvalidExpressionError          a schedule is more than finite arithmetic
+    │   ├── ShapeMismatchError              a tensor has another shape than it must have
+    │   ├── DataTypeMismatchError           a tensor has another data type than it must have
+    │   ├── NonFiniteGradientError          a gradient holds a NaN or an infinity
+    │   ├── NoGradientError                 no worker brought a gradient to the step
+    │   └── TargetOutOfRangeError           a target is no class, or no probability, of the loss
+    ├── SessionError                    the session's state: ask for it, and go on from there
+    │   ├── SessionNotFoundError            there is no such session
+    │   ├── SessionDeletedError             it was deleted while the call was going on
+    │   ├── SessionFailedError              it can only be deleted
+    │   ├── ParametersNotSetError           not every parameter has a value
+    │   ├── LossNotSetError                 it has no loss to evaluate
+    │   ├── StepOutOfOrderError             the step is neither the next one nor the last one
+    │   ├── EpochOutOfOrderError            the epoch is neither the next one nor the last one
+    │   ├── EpochEmptyError                 the epoch has no step
+    │   ├── WorkerBusyError                 another call is sending for this worker
+    │   ├── RoundTimeoutError               the other workers did not come: take the step again
+    │   ├── StalledError                    this client stopped in the middle of a transfer
+    │   └── ScheduleFailedError             the schedule has no finite rate for the next count
+    └── ServiceError                    the server, or the way to it
         ├── LimitError                      a limit: do what the message says
         ├── UnavailableError                nothing answers, or it is about to stop
-        ├── DeadlineError                   no answer in time: what was asked may have been done
+        ├── DeadlineError                   no answer in time: it may have been done, or not
         ├── ClosedError                     the client, or the session object, has been closed
         ├── ProtocolError                   client and server do not understand each other
         └── InternalError                   a fault of the server
@@ -180,6 +184,10 @@ class RoundTimeoutError(SessionError):
     """The other workers did not come in time; take the same step again to go on waiting."""
 
 
+class StalledError(SessionError):
+    """The client neither sent nor read for too long in the middle of a transfer."""
+
+
 class ScheduleFailedError(SessionError):
     """The expression of the schedule has no finite value for the next count."""
 
@@ -238,6 +246,7 @@ ERROR_BY_REASON: dict[Reason.ValueType, type[OptserveError]] = {
     Reason.REASON_EPOCH_EMPTY: EpochEmptyError,
     Reason.REASON_WORKER_BUSY: WorkerBusyError,
     Reason.REASON_ROUND_TIMEOUT: RoundTimeoutError,
+    Reason.REASON_STALLED: StalledError,
     Reason.REASON_SCHEDULE_FAILED: ScheduleFailedError,
     Reason.REASON_SESSION_FAILED: SessionFailedError,
     Reason.REASON_SESSION_DELETED: SessionDeletedError,

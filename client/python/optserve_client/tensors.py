@@ -181,9 +181,7 @@ def allocate(headers: Sequence[TensorHeader]) -> list[Array]:
 
 def bytes_of(array: Array) -> memoryview:
     """Return the array's bytes, flat and row-major: a view if it is contiguous, else of a copy."""
-    flat = array.reshape(
-        -1
-    )  # copy: only where the array is not contiguous. Makes one element of a scalar, too.
+    flat = np.ascontiguousarray(array).reshape(-1)  # A scalar becomes one element.
     return flat.view(np.uint8).data  # A memoryview cannot be cast if it is empty; an array can.
 
 
