@@ -151,7 +151,7 @@ def _print(names: Sequence[str], reports: dict[str, Report]) -> None:
     print(" " * width, *reports)
     for name in names:
         marks = (_mark(report, name).ljust(len(client)) for client, report in reports.items())
-        print(name.ljust(width), *marks)
+        print(" ".join([name.ljust(width), *marks]).rstrip())
     for client, report in reports.items():
         for name, problem in report.failures.items():
             if problem:
