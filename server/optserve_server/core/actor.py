@@ -30,7 +30,7 @@ from optserve_server.core.events import LossEvaluated, Observer, Phase, SessionO
 from optserve_server.core.lock import SharedLock
 from optserve_server.core.losses import LossOutcome
 from optserve_server.core.round import Contribution, Round
-from optserve_server.core.session import Session, SessionChange, StepOutcome, norm_of
+from optserve_server.core.session import Session, StepOutcome, norm_of
 from optserve_server.core.spec import Split
 from optserve_server.core.tensors import TensorSpec, check_fits
 
@@ -237,13 +237,14 @@ class SessionActor:
         """Set values of parameters, by position, between two steps."""
         await self._exclusive(lambda: self.session.set_parameters(values))
 
-    async def end_epoch(self, epoch: int) -> None:
-        """End an epoch, between two steps; see Session.end_epoch."""
-        await self._exclusive(lambda: self.session.end_epoch(epoch))
-
-    async def change(self, change: SessionChange) -> None:
-        """Change the running session, between two steps; see Session.change."""
-        await self._exclusive(lambda: self.session.change(change))
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[Session]:
+        """Hold the session still, between two steps, for a change that takes no time."""
+        self.check_open()
+        self.used_s = self._surroundings.clock()
+        async with self._lock.exclusive():
+            self.check_open()
+            yield self.session
 
     async def evaluate(
         self, split: Split, predictions: Tensor, targets: Tensor, *, with_gradient: bool
@@ -252,7 +253,7 @@ class SessionActor:
         self.check_open()
         self.used_s = self._surroundings.clock()
         session = self.session
-        outcome = await self._run(
+        outcome = await self.run(
             lambda: session.evaluate(predictions, targets, with_gradient=with_gradient)
         )
         session.record(split, outcome, self._surroundings.clock())
@@ -265,6 +266,10 @@ class SessionActor:
             )
         )
         return outcome
+
+    async def run(self, work: Callable[[], _T]) -> _T:
+        """Run ``work`` off the event loop. If the call is cancelled it goes on unseen."""
+        return await asyncio.get_running_loop().run_in_executor(self._surroundings.executor, work)
 
     def drain(self) -> None:
         """End the calls that rest between two steps; the others end by themselves after theirs."""
@@ -321,7 +326,7 @@ class SessionActor:
         if (
             session.spec.workers > 1
         ):  # A bad gradient is the mistake of the worker that brings it, and of no other.
-            await self._run(lambda: session.check_finite(gradients, norm_of(gradients)))
+            await self.run(lambda: session.check_finite(gradients, norm_of(gradients)))
             self.check_open()
         round_ = self._round
         round_.add(contribution.worker, gradients)
@@ -341,7 +346,7 @@ class SessionActor:
             for arrival in round_.arrivals:
                 observer.phase_ended(Phase.QUEUE, started - arrival)
             try:
-                outcome = await self._run(
+                outcome = await self.run(
                     lambda: self.session.step(round_.mean(self._surroundings.device))
                 )
             except Exception as error:  # noqa: BLE001 - Whatever it is belongs to those who wait.
@@ -369,12 +374,9 @@ class SessionActor:
         async def locked() -> _T:
             async with self._lock.exclusive():
                 self.check_open()
-                return await self._run(work)
+                return await self.run(work)
 
         return await asyncio.shield(self._spawn(locked()))
-
-    async def _run(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._surroundings.executor, work)
 
     def _spawn(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = asyncio.create_task(work)

@@ -64,21 +64,12 @@ class SessionRegistry:
                 expected=f"at most {self.limits.sessions_max} sessions",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        surroundings = self.surroundings
-        count = session_bytes(spec)
-        self.budget.check_session(count)
-        self.budget.reserve(count, what="the session", field="spec.parameters")
         self._opening += 1
         try:
-            loop = asyncio.get_running_loop()
-            session = await loop.run_in_executor(
-                surroundings.executor, lambda: Session(spec, surroundings.device, self.limits)
-            )
-        except BaseException:
-            self.budget.release(count)
-            raise
+            session, count = await self._build(spec)
         finally:
             self._opening -= 1
+        surroundings = self.surroundings
         opened = SessionOpened(
             session_id=secrets.token_hex(_ID_BYTES),
             optimizer=spec.optimizer.kind,
@@ -116,15 +107,14 @@ class SessionRegistry:
         return page, self._order[page[-1].session_id] if len(later) > count else None
 
     @contextmanager
-    def resized(self, actor: SessionActor, spec: SessionSpec) -> Iterator[None]:
-        """Reserve what a session needs as ``spec``, if that is more than it has.
+    def resized(self, actor: SessionActor, count: int) -> Iterator[None]:
+        """Reserve the ``count`` bytes that a session will need, if that is more than it has.
 
         For good, unless the block that changes it raises: a momentum takes memory.
 
         Raises:
             LimitError: There is no room for it. Nothing was changed.
         """
-        count = session_bytes(spec)
         self.budget.check_session(count)
         growth = max(0, count - actor.reserved_bytes)
         self.budget.reserve(growth, what="the change", field="optimizer")
@@ -158,3 +148,18 @@ class SessionRegistry:
         for session_id in ids:
             await self.delete(session_id)
         return ids
+
+    async def _build(self, spec: SessionSpec) -> tuple[Session, int]:
+        """Reserve a session's memory, and take it; return how much that is beside the session."""
+        loop, surroundings = asyncio.get_running_loop(), self.surroundings
+        count = await loop.run_in_executor(surroundings.executor, session_bytes, spec)
+        self.budget.check_session(count)
+        self.budget.reserve(count, what="the session", field="spec.parameters")
+        try:
+            session = await loop.run_in_executor(
+                surroundings.executor, Session, spec, surroundings.device, self.limits
+            )
+        except BaseException:
+            self.budget.release(count)
+            raise
+        return session, count

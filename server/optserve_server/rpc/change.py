@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from optserve.v1.optimizer_service_pb2 import UpdateSessionRequest
+from optserve_server.core.admission import session_bytes
 from optserve_server.core.errors import InvalidFieldError, UnknownNameError
 from optserve_server.core.limits import Limits
 from optserve_server.core.optimizers import OPTIMIZERS, rehearse
@@ -14,15 +15,26 @@ from optserve_server.core.spec import GroupSpec, SessionSpec, Value
 from optserve_server.rpc import decode, decode_spec
 
 
-def session_change(
+def plan(
     request: UpdateSessionRequest, session: Session, limits: Limits
-) -> SessionChange:
-    """Decode a change, and rehearse it.
+) -> tuple[SessionChange, int]:
+    """Decode a change and rehearse it; return it, and how many bytes the session will need.
 
     Raises:
         OptserveError: Something in it is not allowed, or torch keeps no state for it. Nothing was
             changed.
     """
+    change = _session_change(request, session, limits)
+    groups = tuple(
+        dataclasses.replace(group, hyperparameters=values)
+        for group, values in zip(session.spec.groups, change.hyperparameters, strict=True)
+    )
+    return change, session_bytes(dataclasses.replace(session.spec, groups=groups))
+
+
+def _session_change(
+    request: UpdateSessionRequest, session: Session, limits: Limits
+) -> SessionChange:
     own = [_own(request, group, session.spec, limits) for group in session.spec.groups]
     changed = [
         {**group.hyperparameters, **values}
@@ -41,15 +53,6 @@ def session_change(
             else None
         ),
     )
-
-
-def changed_spec(spec: SessionSpec, change: SessionChange) -> SessionSpec:
-    """Return the spec with the hyperparameters of a change."""
-    groups = tuple(
-        dataclasses.replace(group, hyperparameters=values)
-        for group, values in zip(spec.groups, change.hyperparameters, strict=True)
-    )
-    return dataclasses.replace(spec, groups=groups)
 
 
 def _own(

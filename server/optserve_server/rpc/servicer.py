@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceServicer
 from optserve_server import __version__
 from optserve_server.core.errors import LimitExceededError, TooManyError
+from optserve_server.core.events import Direction
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.spec import SessionSpec
 from optserve_server.rpc import change, decode, decode_spec, encode, evaluate, parameters, train
@@ -22,6 +24,7 @@ from optserve_server.rpc.constraints import check_known
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
+_LOGGER = logging.getLogger(__name__)
 _PAGE_SESSIONS_MAX = 100
 _PAGE_POINTS_MAX = 10_000  # About 50 bytes each: an eighth of a message.
 _RETRY_AFTER_S = 5.0
@@ -50,7 +53,19 @@ class OptimizerServicer(OptimizerServiceServicer):
         _check_answer_fits(spec, self._limits.message_bytes_max)
         values = decode_spec.values(request.values, spec, self._limits)
         actor = await self._registry.create(spec)
+        _LOGGER.info(
+            "session created",
+            extra={
+                "session": actor.session_id,
+                "optimizer": spec.optimizer.kind,
+                "parameters": len(spec.parameters),
+                "workers": spec.workers,
+                "reserved_bytes": actor.reserved_bytes,
+            },
+        )
         if values:
+            count = sum(len(each.data) for each in request.values)
+            self._registry.surroundings.observer.bytes_moved(Direction.RECEIVED, count)
             await actor.set_parameters(values)
         return pb.CreateSessionResponse(session=encode.session(actor))
 
@@ -79,9 +94,10 @@ class OptimizerServicer(OptimizerServiceServicer):
         """Change a running session."""
         check_known(request, "")
         actor = self._registry.find(request.session_id)
-        changes = change.session_change(request, actor.session, self._limits)
-        with self._registry.resized(actor, change.changed_spec(actor.session.spec, changes)):
-            await actor.change(changes)
+        async with actor.writing() as session:
+            changes, count = await actor.run(lambda: change.plan(request, session, self._limits))
+            with self._registry.resized(actor, count):
+                session.change(changes)
         return pb.UpdateSessionResponse(session=encode.session(actor))
 
     async def DeleteSession(
@@ -89,6 +105,10 @@ class OptimizerServicer(OptimizerServiceServicer):
     ) -> pb.DeleteSessionResponse:
         """Forget a session."""
         actor = await self._registry.delete(request.session_id)
+        _LOGGER.info(
+            "session deleted",
+            extra={"session": actor.session_id, "steps": actor.session.steps},
+        )
         return pb.DeleteSessionResponse(status=encode.session_status(actor))
 
     async def UploadParameters(
@@ -120,7 +140,8 @@ class OptimizerServicer(OptimizerServiceServicer):
     async def EndEpoch(self, request: pb.EndEpochRequest, context: _Context) -> pb.EndEpochResponse:
         """End an epoch."""
         actor = self._registry.find(request.session_id)
-        await actor.end_epoch(request.epoch)
+        async with actor.writing() as session:
+            session.end_epoch(request.epoch)
         return pb.EndEpochResponse(status=encode.session_status(actor))
 
     async def EvaluateLoss(
