@@ -47,7 +47,7 @@ def registry() -> CollectorRegistry:
 
 
 @pytest.fixture
-def metrics(registry: CollectorRegistry) -> Metrics:
+def metrics(registry: CollectorRegistry) -> Observer:  # The type checker's proof that it is one.
     return build(registry)
 
 
@@ -99,14 +99,10 @@ def sessions_shown(registry: CollectorRegistry) -> set[str]:
     }
 
 
-def observer(metrics: Metrics) -> Observer:
-    return metrics  # The type checker's proof that it is one.
-
-
+@pytest.mark.usefixtures("metrics")
 def test_known_series_are_there_at_zero_before_anything_happens(
-    registry: CollectorRegistry, metrics: Metrics
+    registry: CollectorRegistry,
 ) -> None:
-    observer(metrics)
     assert series(registry, "optserve_steps_total") == {
         'optserve_steps_total{optimizer="SGD"} 0.0',
         'optserve_steps_total{optimizer="Adam"} 0.0',
@@ -135,8 +131,8 @@ def test_known_series_are_there_at_zero_before_anything_happens(
     assert series(registry, "optserve_reserved_bytes") == {"optserve_reserved_bytes 0.0"}
 
 
-def test_build_info_says_what_is_running(registry: CollectorRegistry, metrics: Metrics) -> None:
-    observer(metrics)
+@pytest.mark.usefixtures("metrics")
+def test_build_info_says_what_is_running(registry: CollectorRegistry) -> None:
     assert series(registry, "optserve_build_info") == {
         'optserve_build_info{device="cpu",torch="2.13.0+cpu",version="1.2.3"} 1.0'
     }
@@ -165,7 +161,7 @@ def test_device_memory_is_no_metric_where_nobody_knows_it() -> None:
     assert not series(registry, "optserve_device_memory_allocated_bytes")
 
 
-def test_events_move_their_counters(registry: CollectorRegistry, metrics: Metrics) -> None:
+def test_events_move_their_counters(registry: CollectorRegistry, metrics: Observer) -> None:
     metrics.step_applied(applied(1))
     metrics.step_applied(applied(2))
     metrics.bytes_moved(Direction.SENT, 300)
@@ -192,7 +188,7 @@ def test_events_move_their_counters(registry: CollectorRegistry, metrics: Metric
     ],
 )
 def test_a_phase_falls_into_the_first_bucket_that_holds_it(
-    registry: CollectorRegistry, metrics: Metrics, seconds: float, bucket: str
+    registry: CollectorRegistry, metrics: Observer, seconds: float, bucket: str
 ) -> None:
     metrics.phase_ended(Phase.APPLY, seconds)
 
@@ -208,7 +204,7 @@ def test_a_phase_falls_into_the_first_bucket_that_holds_it(
     assert registry.get_sample_value(f"{name}_count", {"phase": "queue"}) == 0
 
 
-def test_a_call_is_counted_as_go_does(registry: CollectorRegistry, metrics: Metrics) -> None:
+def test_a_call_is_counted_as_go_does(registry: CollectorRegistry, metrics: Observer) -> None:
     metrics.rpc_started(TRAIN)
     metrics.message_received(TRAIN)
     metrics.message_received(TRAIN)
@@ -231,7 +227,7 @@ def test_a_call_is_counted_as_go_does(registry: CollectorRegistry, metrics: Metr
 
 
 def test_a_session_shows_its_last_step_and_losses(
-    registry: CollectorRegistry, metrics: Metrics
+    registry: CollectorRegistry, metrics: Observer
 ) -> None:
     metrics.session_opened(opened())
     metrics.step_applied(applied(1))
@@ -256,7 +252,7 @@ def test_a_session_shows_its_last_step_and_losses(
 
 
 def test_a_loss_that_is_not_kept_is_on_no_curve(
-    registry: CollectorRegistry, metrics: Metrics
+    registry: CollectorRegistry, metrics: Observer
 ) -> None:
     metrics.session_opened(opened())
     metrics.loss_evaluated(evaluated("none", 2.0, accuracy=0.5))
@@ -265,7 +261,7 @@ def test_a_loss_that_is_not_kept_is_on_no_curve(
 
 
 def test_closing_a_session_removes_all_its_series(
-    registry: CollectorRegistry, metrics: Metrics
+    registry: CollectorRegistry, metrics: Observer
 ) -> None:
     session = opened()
     metrics.session_opened(session)
@@ -281,7 +277,7 @@ def test_closing_a_session_removes_all_its_series(
 
 
 def test_reserved_memory_is_shown_as_it_was_last_told(
-    registry: CollectorRegistry, metrics: Metrics
+    registry: CollectorRegistry, metrics: Observer
 ) -> None:
     metrics.memory_reserved(1000)
     metrics.memory_reserved(250)
@@ -289,7 +285,7 @@ def test_reserved_memory_is_shown_as_it_was_last_told(
 
 
 def test_an_event_after_the_close_brings_no_series_back(
-    registry: CollectorRegistry, metrics: Metrics
+    registry: CollectorRegistry, metrics: Observer
 ) -> None:
     metrics.session_opened(opened())
     metrics.session_closed(opened())
@@ -299,7 +295,7 @@ def test_an_event_after_the_close_brings_no_series_back(
 
 
 def test_sessions_beyond_the_cap_are_counted_but_not_shown(
-    registry: CollectorRegistry, metrics: Metrics
+    registry: CollectorRegistry, metrics: Observer
 ) -> None:
     for session_id in ("first", "second", "third"):
         metrics.session_opened(opened(session_id))
@@ -324,7 +320,7 @@ def test_no_session_is_shown_where_none_may_be() -> None:
 
 
 def test_the_groups_of_one_session_are_capped(
-    registry: CollectorRegistry, metrics: Metrics
+    registry: CollectorRegistry, metrics: Observer
 ) -> None:
     metrics.session_opened(opened())
     metrics.step_applied(applied(1, rates={f"g{i}": i / 8 for i in range(GROUP_SERIES_MAX + 5)}))
@@ -334,7 +330,7 @@ def test_the_groups_of_one_session_are_capped(
 
 
 def test_a_group_of_any_name_keeps_the_exposition_readable(
-    registry: CollectorRegistry, metrics: Metrics
+    registry: CollectorRegistry, metrics: Observer
 ) -> None:
     name = 'a "b"\\\n# HELP c'
     metrics.session_opened(opened())
@@ -349,16 +345,14 @@ def test_a_group_of_any_name_keeps_the_exposition_readable(
 
 
 def test_an_optimizer_from_a_plug_in_gets_its_series_when_it_comes(
-    registry: CollectorRegistry, metrics: Metrics
+    registry: CollectorRegistry, metrics: Observer
 ) -> None:
     metrics.session_opened(opened(optimizer="Lion"))
     assert registry.get_sample_value("optserve_sessions", {"optimizer": "Lion"}) == 1
 
 
-def test_every_metric_has_help_and_ends_with_its_unit(
-    registry: CollectorRegistry, metrics: Metrics
-) -> None:
-    observer(metrics)
+@pytest.mark.usefixtures("metrics")
+def test_every_metric_has_help_and_ends_with_its_unit(registry: CollectorRegistry) -> None:
     units = ("_seconds", "_bytes", "_ratio", "_info")
     for family in registry.collect():
         name = family.name + ("_info" if family.type == "info" else "")
@@ -372,7 +366,7 @@ def created(lines: Iterable[str]) -> list[str]:
 
 
 def test_created_series_are_left_out_in_both_formats_and_for_nobody_else(
-    registry: CollectorRegistry, metrics: Metrics
+    registry: CollectorRegistry, metrics: Observer
 ) -> None:
     metrics.rpc_started(TRAIN)
     assert not created(generate_latest(registry).decode().splitlines())
@@ -384,15 +378,17 @@ def test_created_series_are_left_out_in_both_formats_and_for_nobody_else(
     assert created(generate_latest(stranger).decode().splitlines())
 
 
+@pytest.mark.usefixtures("metrics")
 def test_a_second_set_of_metrics_does_not_fit_on_the_same_registry(
-    registry: CollectorRegistry, metrics: Metrics
+    registry: CollectorRegistry,
 ) -> None:
-    observer(metrics)
     with pytest.raises(DuplicateTimeseries):
         build(registry)
 
 
-def test_a_scrape_can_ask_for_single_metrics(registry: CollectorRegistry, metrics: Metrics) -> None:
+def test_a_scrape_can_ask_for_single_metrics(
+    registry: CollectorRegistry, metrics: Observer
+) -> None:
     metrics.session_opened(opened())
     wanted = registry.restricted_registry(["optserve_session_info", "optserve_reserved_bytes"])
     assert {family.name for family in wanted.collect()} == {
