@@ -21,10 +21,10 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from optserve.limits import CHUNK_BYTES_MAX, MESSAGE_BYTES_MAX
-from optserve_server.core.limits import GIB, Limits
+from optserve_server.core.limits import Limits
 
 ENVIRONMENT_PREFIX = "OPTSERVE_"
+_LIMITS = Limits()  # The defaults, with the reasons for them.
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1, le=1 << 31)]
@@ -85,41 +85,41 @@ class Config(BaseSettings):
     drain_timeout_s: Seconds = 30.0
     """How many seconds calls have to end by themselves after SIGTERM."""
 
-    sessions_max: Count = 1_000
+    sessions_max: Count = _LIMITS.sessions_max
     """How many sessions there may be."""
-    streams_max: Count = 4_096
+    streams_max: Count = _LIMITS.streams_max
     """How many streams may be open."""
     memory_bytes_max: ByteSize = ByteSize(0)
     """Memory that sessions may take together, such as 8GiB; 0 means 80 % of the device's memory."""
     session_bytes_max: ByteSize = ByteSize(0)
     """Memory that one session may take; 0 means as much as all together."""
-    loss_bytes_max: ByteSize = ByteSize(GIB)
+    loss_bytes_max: ByteSize = ByteSize(_LIMITS.loss_bytes_max)
     """How large predictions and targets of one evaluation may be."""
     message_bytes_max: Annotated[ByteSize, Field(ge=1 << 20, le=1 << 30)] = ByteSize(
-        MESSAGE_BYTES_MAX
+        _LIMITS.message_bytes_max
     )
     """How large one message may be. More than 4MiB is more than clients take by default."""
-    chunk_bytes_max: Annotated[ByteSize, Field(ge=1 << 10)] = ByteSize(CHUNK_BYTES_MAX)
+    chunk_bytes_max: Annotated[ByteSize, Field(ge=1 << 10)] = ByteSize(_LIMITS.chunk_bytes_max)
     """How much tensor data one message of a stream may hold; well below message_bytes_max."""
-    parameters_max: Count = 10_000
+    parameters_max: Count = _LIMITS.parameters_max
     """How many parameters a session may have."""
-    groups_max: Count = 100
+    groups_max: Count = _LIMITS.groups_max
     """How many groups a session may have."""
-    workers_max: Count = 256
+    workers_max: Count = _LIMITS.workers_max
     """How many workers a session may have."""
-    dimensions_max: Annotated[int, Field(ge=1, le=64)] = 16
+    dimensions_max: Annotated[int, Field(ge=1, le=64)] = _LIMITS.dimensions_max
     """How many dimensions a tensor may have."""
-    name_bytes_max: Count = 256
+    name_bytes_max: Count = _LIMITS.name_bytes_max
     """How long a name may be."""
-    expression_chars_max: Annotated[int, Field(ge=1, le=4096)] = 256
+    expression_chars_max: Annotated[int, Field(ge=1, le=4096)] = _LIMITS.expression_chars_max
     """How long an expression of LambdaLR may be."""
-    expression_nodes_max: Annotated[int, Field(ge=1, le=512)] = 64
+    expression_nodes_max: Annotated[int, Field(ge=1, le=512)] = _LIMITS.expression_nodes_max
     """How many numbers, names and operations an expression may hold."""
-    loss_points_max: Count = 10_000
+    loss_points_max: Count = _LIMITS.loss_points_max
     """How many points of each split a session's history keeps."""
-    round_timeout_s: Seconds = 600.0
+    round_timeout_s: Seconds = _LIMITS.round_timeout_s
     """How many seconds a step waits for the other workers."""
-    stall_timeout_s: Seconds = 60.0
+    stall_timeout_s: Seconds = _LIMITS.stall_timeout_s
     """How many seconds a client may neither send nor read in the middle of a transfer."""
 
     @classmethod
