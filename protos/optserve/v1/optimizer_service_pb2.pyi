@@ -195,11 +195,11 @@ class UpdateSessionRequest(_message.Message):
     non_finite: _session_pb2.NonFinitePolicy.ValueType
     """non_finite replaces the policy. Unset: it stays."""
     display_name: _builtins.str
-    """display_name replaces the name."""
+    """display_name replaces the name. Unset: it stays."""
     @_builtins.property
     def optimizer(self) -> _optimizer_pb2.Optimizer:
         """optimizer carries the hyperparameters to change in every group; of the session's kind. A new lr is what the next step
-        uses; the schedule goes on from there in proportion.
+        uses; the schedule goes on from there in proportion. Unset: they stay.
         """
 
     @_builtins.property
@@ -210,7 +210,7 @@ class UpdateSessionRequest(_message.Message):
 
     @_builtins.property
     def loss(self) -> _loss_pb2.Loss:
-        """loss replaces the session's loss."""
+        """loss replaces the session's loss. Unset: it stays."""
 
     def __init__(
         self,
@@ -1008,7 +1008,7 @@ class LossBegin(_message.Message):
     split: _session_pb2.Split.ValueType
     """split as in EvaluateLossRequest."""
     gradient: _builtins.bool
-    """gradient as in EvaluateLossRequest."""
+    """gradient as in EvaluateLossRequest. Unset: for SPLIT_TRAIN only."""
     @_builtins.property
     def predictions(self) -> _tensor_pb2.TensorHeader:
         """predictions are tensor 0 of the chunks."""

@@ -195,7 +195,7 @@ class LambdaLR(_message.Message):
     LR_LAMBDA_FIELD_NUMBER: _builtins.int
     GROUP_LR_LAMBDAS_FIELD_NUMBER: _builtins.int
     lr_lambda: _builtins.str
-    """lr_lambda is one expression for all groups, such as "0.95 ** epoch"."""
+    """lr_lambda is one expression for all groups, such as "0.95 ** epoch". Unset: group_lr_lambdas has them."""
     @_builtins.property
     def group_lr_lambdas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """group_lr_lambdas are expressions for each group, in the order of SessionSpec.groups as the session answers it.
