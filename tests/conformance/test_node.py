@@ -37,6 +37,14 @@ def test_node_client_when_its_connection_breaks(node: Path, exam_address: str) -
     assert re.search(r"^# pass [1-9]", tests.stdout, re.MULTILINE)
 
 
+@pytest.mark.large
+def test_node_client_trains_a_hundred_million_parameters(node: Path, exam_address: str) -> None:
+    files = [str(path) for path in sorted(node.glob("test/large/*.test.js"))]
+    tests = run(node, "--test", *files, address=exam_address)
+    assert tests.returncode == 0, tests.stdout
+    assert re.search(r"^# pass 1", tests.stdout, re.MULTILINE)
+
+
 def test_node_quickstart_trains(node: Path, exam_address: str) -> None:
     sample = run(node, "samples/quickstart.js", exam_address)
     assert sample.returncode == 0, sample.stderr

@@ -60,7 +60,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder to write")
     parser.add_argument("--target", help="server to use, as HOST:PORT; without it, one is started")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 
 
@@ -111,4 +111,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # Another one, while the first was being obeyed.
+        sys.exit(_EXIT_INTERRUPTED)
