@@ -50,7 +50,9 @@ def meet(target: str, config: ClientConfig, reporter: TransferReporter) -> Opera
     except (UnavailableError, DeadlineError) as error:
         if error.reason:  # It answers, and says itself why it will not serve.
             raise
-        message = f"{error}; start one at {target} with `optserve-server`"
+        silence = f"no optserve server answers at {target} within {timeout_s:g} s"
+        problem = silence if isinstance(error, DeadlineError) else str(error)
+        message = f"{problem}; start one with `optserve-server`"
         raise UnavailableError(message, code=error.code) from error
     chunk_bytes = min(config.chunk_bytes, info.limits.chunk_bytes_max)
     return Terms(config=config, chunk_bytes=chunk_bytes, reporter=reporter)

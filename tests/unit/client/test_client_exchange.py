@@ -74,7 +74,8 @@ def test_a_step_is_over_with_its_end_and_its_parameters_are_read_only() -> None:
     assert not step.receive(result())
     assert not step.receive(pb.TrainResponse(chunks=both_parameters()))
     assert step.receive(pb.TrainResponse(end=pb.StepEnd()))
-    w, b = step.parameters or ()
+    assert step.parameters is not None
+    w, b = step.parameters
     assert np.array_equal(w, W_VALUES)
     assert b.shape == ()
     assert b == B_VALUE
