@@ -51,7 +51,8 @@ class AsyncDriver:
             while True:
                 try:
                     answer = await self._perform(effect)
-                except BaseException as error:  # noqa: BLE001  (An operation cleans up after cancellation, too.)
+                # Of any kind: an operation cleans up after cancellation, too.
+                except BaseException as error:  # noqa: BLE001
                     effect = operation.throw(error)
                 else:
                     effect = operation.send(answer)

@@ -53,7 +53,8 @@ class BlockingDriver:
             while True:
                 try:
                     answer = self._perform(effect)
-                except BaseException as error:  # noqa: BLE001  (An operation cleans up after interrupts, too.)
+                # Of any kind: an operation cleans up after interrupts, too.
+                except BaseException as error:  # noqa: BLE001
                     effect = operation.throw(error)
                 else:
                     effect = operation.send(answer)

@@ -10,20 +10,17 @@ from typing import TypeAlias, Unpack
 import numpy as np
 from numpy.typing import ArrayLike
 
-from optserve.limits import CHUNK_BYTES_MAX
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.session_pb2 import Session, SessionStatus
 from optserve.v1.tensor_pb2 import TensorHeader
 from optserve_client._effects import Operation, ask
+from optserve_client._exchange import INLINE_BYTES_MAX
 from optserve_client._session_operations import SessionOperations, Terms, check_unary_fits
 from optserve_client._spec import Placeholder, SpecOptions, Via, session_spec
 from optserve_client.config import ClientConfig
 from optserve_client.errors import DeadlineError, OptserveError, UnavailableError
 from optserve_client.progress import TransferReporter
 from optserve_client.tensors import announce, encode, messages
-
-# What is larger goes by stream: a long message holds up the server's other clients.
-INLINE_BYTES_MAX = CHUNK_BYTES_MAX
 
 InitialValues: TypeAlias = Mapping[str, ArrayLike | Placeholder]
 """By parameter: its value, or what stands for a value that is uploaded later."""

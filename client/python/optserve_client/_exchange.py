@@ -14,6 +14,7 @@ from typing import NoReturn, Protocol
 
 from google.protobuf.message import Message
 
+from optserve.limits import CHUNK_BYTES_MAX
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.error_pb2 import Refusal
 from optserve.v1.session_pb2 import SessionStatus
@@ -21,6 +22,9 @@ from optserve.v1.tensor_pb2 import TensorChunks, TensorHeader
 from optserve.wire import Assembly, FramingError, split
 from optserve_client.errors import ProtocolError
 from optserve_client.tensors import Array, allocate, bytes_of
+
+# What is larger goes by stream: a long message holds up the server's other clients.
+INLINE_BYTES_MAX = CHUNK_BYTES_MAX
 
 
 def _nothing(_count: int) -> None:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from numpy.typing import ArrayLike
 
-from optserve.limits import CHUNK_BYTES_MAX
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.session_pb2 import Split as SplitMessage
 from optserve_client._effects import Collect, Operation, ask
-from optserve_client._exchange import LossEvaluation, check_loss_tensor
+from optserve_client._exchange import INLINE_BYTES_MAX, LossEvaluation, check_loss_tensor
 from optserve_client._session_operations import SessionOperations
 from optserve_client._spec import Via
 from optserve_client.results import (
@@ -23,9 +22,6 @@ from optserve_client.results import (
     loss_result,
 )
 from optserve_client.tensors import Array, encode, from_tensor, messages
-
-# What is larger goes by stream: a long message holds up the server's other clients.
-INLINE_BYTES_MAX = CHUNK_BYTES_MAX
 
 
 def evaluate_loss(

@@ -84,7 +84,9 @@ class SessionOperations:
 
     def upload(self, values: Mapping[str, ArrayLike]) -> Operation[SessionStatus]:
         """Set the values of some or all parameters: all of these, or none."""
-        headers = [self._header_of(name, "parameters", at) for at, name in enumerate(values)]
+        headers = [
+            self._header_of(name, f"parameters[{at}].name") for at, name in enumerate(values)
+        ]
         tensors = [
             encode_as(header, values[header.name], role="value", path=f"parameters[{at}]")
             for at, header in enumerate(headers)
@@ -104,7 +106,7 @@ class SessionOperations:
     def download(self, names: Sequence[str] | None = None) -> Operation[Parameters]:
         """Fetch values as they are between two steps; all of them become what is known here."""
         wanted = list(self._headers) if names is None else names
-        headers = [self._header_of(name, "names", at) for at, name in enumerate(wanted)]
+        headers = [self._header_of(name, f"names[{at}]") for at, name in enumerate(wanted)]
         if not headers:  # On the wire, no names would mean all of them.
             return Parameters({}, steps=(yield from self.status()).steps)
         with self.terms.reporter.transfer("download", _total_bytes(headers)) as advance:
@@ -135,7 +137,7 @@ class SessionOperations:
         after an error, the step is the same one, and the server applies it once.
         """
         for at, name in enumerate(gradients):
-            self._header_of(name, "gradients", at)
+            self._header_of(name, f"gradients[{at}].name")
         present = [
             (header, gradient)
             for name, header in self._headers.items()
@@ -226,12 +228,12 @@ class SessionOperations:
         exchanges.check_announced([tensor.header for tensor in response.parameters], expected)
         return response.result, [from_tensor(tensor) for tensor in response.parameters]
 
-    def _header_of(self, name: str, field: str, at: int) -> TensorHeader:
+    def _header_of(self, name: str, field: str) -> TensorHeader:
         if name not in self._headers:
             known = ", ".join(f"'{known}'" for known in list(self._headers)[:20])
             raise UnknownNameError.local(
                 f"'{name}' is no parameter of this session, which has {known}",
-                field=f"{field}[{at}]" if field == "names" else f"{field}[{at}].name",
+                field=field,
                 expected=known,
                 actual=name,
             )

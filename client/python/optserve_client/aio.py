@@ -33,7 +33,7 @@ from optserve_client._session_operations import Gradients, SessionOperations
 from optserve_client._session_view import SessionView
 from optserve_client._spec import SessionOptions, UpdateOptions, Via
 from optserve_client.config import ClientConfig
-from optserve_client.errors import OptserveError
+from optserve_client.errors import OptserveError, SessionNotFoundError
 from optserve_client.progress import ProgressCallback, TransferReporter
 from optserve_client.results import LossHistory, LossResult, Parameters, Split, StepResult
 
@@ -202,11 +202,10 @@ class Session(SessionView):
     ) -> None:
         if not self._created or self._driver.closed:
             await self.close()
-        elif kind is None:
+            return
+        # What went wrong first is what the caller has to see; and what is gone need not be deleted.
+        with suppress(SessionNotFoundError if kind is None else OptserveError):
             await self.delete()
-        else:
-            with suppress(OptserveError):  # What went wrong first is what the caller has to see.
-                await self.delete()
 
     async def open(self) -> SessionStatus:
         """Open this worker's stream now, not with its first step."""

@@ -133,7 +133,7 @@ def _same(expected: object, actual: object) -> bool:
     return isinstance(expected, bool) == isinstance(actual, bool) and expected == actual
 
 
-def _chosen(module: Any, choice: Document) -> Any:  # noqa: ANN401  (A module, and one of its messages.)
+def _chosen(module: Any, choice: Document) -> Any:  # noqa: ANN401  (Of any module.)
     """Return the message that ``{"adam": {"lr": 0.1}}`` stands for."""
     ((arm, hyperparameters),) = choice.items()
     kinds = {name.lower(): getattr(module, name) for name in module.__all__}
