@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,6 +39,8 @@ async def serve(config: Config) -> None:
         DeviceUnavailableError: The device is not there.
         AddressInUseError, OSError: An address cannot be bound.
     """
+    # torch's advice to whoever chose the reduction, who is a client and not in front of our log.
+    warnings.filterwarnings("ignore", message="reduction: 'mean' divides", category=UserWarning)
     device = Device(config.device)
     if config.torch_threads:
         torch.set_num_threads(config.torch_threads)

@@ -116,6 +116,8 @@ class Boundary(grpc.aio.ServerInterceptor):
         except asyncio.CancelledError:
             code = _go_name(grpc.StatusCode.CANCELLED)
             raise
+        except grpc.aio.InternalError:  # What grpc raises at a write to a peer that has gone.
+            code = _go_name(grpc.StatusCode.CANCELLED)
         except Exception:
             code = _go_name(grpc.StatusCode.INTERNAL)
             request_id = secrets.token_hex(8)
