@@ -33,7 +33,7 @@ def grpc_driver() -> Iterator[Driver]:
 
 
 @pytest.fixture(scope="session")
-def process_driver(server: ServerProcess) -> Iterator[Driver]:
+def process_driver(server: ServerProcess) -> Iterator[StubDriver]:
     """Drive a real server process."""
     with StubDriver(server.address) as driver:
         yield driver

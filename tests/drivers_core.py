@@ -82,9 +82,12 @@ class CoreDriver:
     def update(self, request: pb.UpdateSessionRequest) -> Session:
         async def updated() -> Session:
             actor = self.registry.find(request.session_id)
-            changes = change.session_change(request, actor.session, self._limits)
-            with self.registry.resized(actor, change.changed_spec(actor.session.spec, changes)):
-                await actor.change(changes)
+            async with actor.writing() as session:
+                changes, count = await actor.run(
+                    lambda: change.plan(request, session, self._limits)
+                )
+                with self.registry.resized(actor, count):
+                    session.change(changes)
             return encode.session(actor)
 
         return self._run(updated())
@@ -124,7 +127,8 @@ class CoreDriver:
     def end_epoch(self, session_id: str, epoch: int) -> SessionStatus:
         async def ended() -> SessionStatus:
             actor = self.registry.find(session_id)
-            await actor.end_epoch(epoch)
+            async with actor.writing() as session:
+                session.end_epoch(epoch)
             return encode.session_status(actor)
 
         return self._run(ended())

@@ -142,6 +142,22 @@ class StubDriver:
             elements=tensor_of(response.elements) if response.HasField("elements") else None,
         )
 
+    def evaluate_stream(self, begin: pb.LossBegin, tensors: Sequence[Tensor]) -> Evaluation:
+        """Evaluate tensors of any size: predictions and targets, which ``begin`` announces."""
+
+        def requests() -> Iterator[pb.EvaluateLossStreamRequest]:
+            yield pb.EvaluateLossStreamRequest(begin=begin)
+            for chunks in chunks_of(tensors):
+                yield pb.EvaluateLossStreamRequest(chunks=chunks)
+
+        with translated():
+            responses = self.stub.EvaluateLossStream(requests(), timeout=TIMEOUT_S)
+            evaluated = next(responses).evaluated
+            came = assembled(evaluated.tensors, (response.chunks for response in responses))
+        return Evaluation(
+            result=evaluated.result, gradient=came.get("gradient"), elements=came.get("elements")
+        )
+
     def loss_points(self, request: pb.ListLossPointsRequest) -> pb.ListLossPointsResponse:
         with translated():
             return self.stub.ListLossPoints(request, timeout=TIMEOUT_S)

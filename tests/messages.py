@@ -54,14 +54,19 @@ def messages_of(tensors: Mapping[str, Tensor]) -> list[tensor_pb2.Tensor]:
 def chunks_of(
     tensors: Iterable[Tensor], chunk_bytes: int = CHUNK_BYTES_MAX
 ) -> Iterator[TensorChunks]:
-    """Yield the tensors' bytes, each chunk in a message of its own."""
+    """Yield the tensors' bytes as messages of at most ``chunk_bytes``, small tensors together."""
+    packed, room = TensorChunks(), chunk_bytes
     for position, tensor in enumerate(tensors):
-        data = bytes_of(tensor)
-        for offset in range(0, len(data), chunk_bytes):
-            chunk = TensorChunk(
-                tensor=position, offset=offset, data=data[offset : offset + chunk_bytes]
-            )
-            yield TensorChunks(chunks=[chunk])
+        data, offset = bytes_of(tensor), 0
+        while offset < len(data):
+            piece = data[offset : offset + room]
+            packed.chunks.append(TensorChunk(tensor=position, offset=offset, data=piece))
+            offset, room = offset + len(piece), room - len(piece)
+            if room == 0:
+                yield packed
+                packed, room = TensorChunks(), chunk_bytes
+    if packed.chunks:
+        yield packed
 
 
 def tensor_of(message: tensor_pb2.Tensor) -> Tensor:

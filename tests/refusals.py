@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import grpc
 import pytest
@@ -35,8 +36,8 @@ class RefusedError(Exception):
     @classmethod
     def from_call(cls, error: grpc.RpcError) -> RefusedError:
         """Return what ended a call; without a reason if it was not an optserve that ended it."""
-        assert isinstance(error, grpc.Call)
-        rich = rpc_status.from_call(error)
+        call = cast("grpc.Call", error)  # What the stubs raise is both.
+        rich = rpc_status.from_call(call)
         facts: dict[str, str] = {}
         for packed in rich.details if rich else ():
             info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
@@ -45,7 +46,7 @@ class RefusedError(Exception):
                 facts |= {"reason": info.reason, **info.metadata}
             elif packed.Unpack(retry):
                 facts["retry_after_s"] = str(retry.retry_delay.ToTimedelta().total_seconds())
-        return cls(error.code(), error.details() or "", facts)
+        return cls(call.code(), call.details() or "", facts)
 
     @classmethod
     def from_message(cls, refusal: Refusal) -> RefusedError:
