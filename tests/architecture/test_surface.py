@@ -23,7 +23,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[pb.FileDescriptorPro
     """Read the contract's files, with their comments."""
     descriptors = tmp_path_factory.mktemp("contract") / "descriptors.binpb"
     buf = Path(sys.executable).with_name("buf")
-    build = [buf, "build", "--as-file-descriptor-set", "--output", descriptors]
+    build: list[str | Path] = [buf, "build", "--as-file-descriptor-set", "--output", descriptors]
     subprocess.run(build, cwd=ROOT / "protos", check=True)
     found = pb.FileDescriptorSet.FromString(descriptors.read_bytes()).file
     return [file for file in found if file.package == "optserve.v1"]
