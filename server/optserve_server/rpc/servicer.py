@@ -66,7 +66,11 @@ class OptimizerServicer(OptimizerServiceServicer):
         if values:
             count = sum(len(each.data) for each in request.values)
             self._registry.surroundings.observer.bytes_moved(Direction.RECEIVED, count)
-            await actor.set_parameters(values)
+            try:
+                await actor.set_parameters(values)
+            except BaseException:  # The client has gone, and nobody will ever know the session's id.
+                await self._registry.delete(actor.session_id)
+                raise
         return pb.CreateSessionResponse(session=encode.session(actor))
 
     async def GetSession(
