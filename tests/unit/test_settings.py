@@ -1,0 +1,86 @@
+"""Flags win over the environment, which wins over the file, which wins over the defaults."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from optserve_server.config import Config, SettingsFileError, load
+
+DEFAULT = Config.model_fields["sessions_max"].default
+FLAG, ENVIRONMENT, FILE = 1, 2, 3
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "optserve.toml"
+    path.write_text(f"sessions_max = {FILE}\nport = 50052\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flag", "environment", "with_file", "wins"),
+    [
+        pytest.param(True, True, True, FLAG, id="flag"),
+        pytest.param(False, True, True, ENVIRONMENT, id="environment"),
+        pytest.param(False, False, True, FILE, id="file"),
+        pytest.param(False, False, False, DEFAULT, id="default"),
+    ],
+)
+def test_the_nearest_setting_wins(
+    flag: bool,
+    environment: bool,
+    with_file: bool,
+    wins: int,
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ["--config", str(file)] if with_file else []
+    arguments += ["--sessions-max", str(FLAG)] if flag else []
+    if environment:
+        monkeypatch.setenv("OPTSERVE_SESSIONS_MAX", str(ENVIRONMENT))
+    settings = load(arguments, {})
+    assert settings.sessions_max == wins
+    assert settings.port == (50052 if with_file else 50051)
+
+
+def test_the_environment_may_name_the_file(file: Path) -> None:
+    assert load([], {"OPTSERVE_CONFIG": str(file)}).sessions_max == FILE
+
+
+def test_sizes_may_have_units() -> None:
+    assert load(["--memory-bytes-max", "8GiB"], {}).memory_bytes_max == 8 << 30
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param("sesions_max = 3", id="misspelt-name"),
+        pytest.param("sessions_max = 0", id="too-small"),
+        pytest.param('port = "many"', id="no-number"),
+        pytest.param("idle_timeout_s = nan", id="nan"),
+    ],
+)
+def test_a_wrong_setting_is_refused(content: str, file: Path) -> None:
+    file.write_text(content)
+    with pytest.raises(ValidationError):
+        load(["--config", str(file)], {})
+
+
+@pytest.mark.parametrize("content", ["sessions_max =", None], ids=["no-toml", "no-file"])
+def test_an_unreadable_file_is_refused(content: str | None, file: Path) -> None:
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(SettingsFileError, match=str(file)):
+        load(["--config", str(file)], {})
+
+
+def test_server_says_what_is_wrong_and_ends() -> None:
+    command = [sys.executable, "-m", "optserve_server", "--sessions-max", "none"]
+    server = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert server.returncode == 2
+    assert "sessions_max" in server.stderr
+    assert "Traceback" not in server.stderr
