@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -122,7 +122,7 @@ class CoreDriver:
             yield stream
         finally:
             self.loop.call(stream.leave)
-            serving.exception()
+            wait([serving])
 
     def end_epoch(self, session_id: str, epoch: int) -> SessionStatus:
         async def ended() -> SessionStatus:
@@ -182,14 +182,17 @@ class _CoreWorker:
     def __init__(self) -> None:
         self.opened: Future[SessionStatus] = Future()
         self._steps: asyncio.Queue[tuple[int, Tensors, Future[StepAnswer]] | None]
-        self._task: asyncio.Task[Any] | None = None
+        self._unanswered: list[Future[StepAnswer]] = []
+        self._end: OptserveError | None = None
+        self._task: asyncio.Task[Any]
         self._loop: asyncio.AbstractEventLoop
 
     async def serve(self, registry: SessionRegistry, session_id: str, worker: int) -> None:
         """Take steps until the worker leaves."""
         self._loop, self._steps = asyncio.get_running_loop(), asyncio.Queue()
-        self._task = asyncio.current_task()
-        answer: Future[StepAnswer] = Future()
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
         try:
             actor = registry.find(session_id)
             with actor.attach(worker):
@@ -197,24 +200,32 @@ class _CoreWorker:
                 while (item := await self._steps.get()) is not None:
                     step, gradients, answer = item
                     await _answer(actor, worker, step, gradients, answer)
-        except OptserveError as error:  # Ends the stream, and with it the step that goes on.
+        except OptserveError as error:
+            self._end = error
             if not self.opened.done():
                 self.opened.set_exception(error)
-            elif not answer.done():
-                answer.set_exception(RefusedError.from_error(error))
+            for answer in self._unanswered:
+                if not answer.done():
+                    answer.set_exception(RefusedError.from_error(error))
 
     def start(self, step: int, gradients: Tensors) -> Future[StepAnswer]:
         answer: Future[StepAnswer] = Future()
-        self._loop.call_soon_threadsafe(self._steps.put_nowait, (step, gradients, answer))
+        self._loop.call_soon_threadsafe(self._send, step, gradients, answer)
         return answer
 
     def abandon(self) -> None:
-        assert self._task is not None
         self._loop.call_soon_threadsafe(self._task.cancel)
 
     def leave(self) -> None:
         """End the stream once the steps that were sent have been answered."""
         self._steps.put_nowait(None)
+
+    def _send(self, step: int, gradients: Tensors, answer: Future[StepAnswer]) -> None:
+        if self._end:
+            answer.set_exception(RefusedError.from_error(self._end))
+            return
+        self._unanswered.append(answer)
+        self._steps.put_nowait((step, gradients, answer))
 
 
 async def _answer(

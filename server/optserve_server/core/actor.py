@@ -76,7 +76,8 @@ class SessionActor:
         self.closed = False
         self._surroundings = surroundings
         self._lock = SharedLock()
-        self._round = Round(session.spec.workers)
+        self._round = Round(session.spec.workers, step=1)
+        self._outcome: StepOutcome | None = None
         self._staging: list[dict[int, Tensor]] = [{} for _ in range(session.spec.workers)]
         self._positions = {parameter.name: i for i, parameter in enumerate(session.spec.parameters)}
         self._attached: dict[int, Attachment] = {}
@@ -178,21 +179,21 @@ class SessionActor:
             OptserveError: The step, or a gradient, cannot be taken. Nothing was changed.
         """
         self.check_open()
-        session = self.session
-        session.check_ready()
-        if step not in (session.steps + 1, session.steps) or step == 0:
+        self.session.check_ready()
+        round_ = self._round
+        if step not in (round_.step, round_.step - 1) or step == 0:
             raise StepOutOfOrderError(
-                f"step {step} is not the next one; the next step is {session.steps + 1}",
+                f"step {step} is not the next one; the next step is {round_.step}",
                 field="step",
-                expected=session.steps + 1,
+                expected=round_.step,
                 actual=step,
             )
         positions = self.positions_of(announced, "gradients")
         settled: Round | StepOutcome | None = None
-        if step == session.steps:
-            settled = session.last_outcome
-        elif self._round.has(worker):
-            settled = self._round
+        if step < round_.step:
+            settled = self._outcome
+        elif round_.has(worker):  # It may be being applied by now: that is not to be done twice.
+            settled = round_
         gradients: list[Tensor | None] = [None] * len(self._positions)
         targets = [] if settled else [self._staged(worker, position) for position in positions]
         for position, target in zip(positions, targets, strict=False):
@@ -280,13 +281,14 @@ class SessionActor:
                 attachment.task.cancel()
             else:
                 coming |= not self._round.has(worker)
-        if not coming and not self._round.done.done():  # Nobody is left to complete the round.
+        open_ = self._round.missing and not self._round.done.done()
+        if open_ and not coming:  # Nobody is left to complete the round.
             self._round.done.set_exception(draining_error())
 
     async def close(self) -> None:
         """End every call that goes on in the session, and wait until nothing touches it."""
         self.closed = True
-        if not self._round.done.done():
+        if self._round.missing and not self._round.done.done():
             self._round.done.set_exception(
                 SessionDeletedError(f"session {self.session_id} was deleted")
             )
@@ -331,7 +333,6 @@ class SessionActor:
         round_ = self._round
         round_.add(contribution.worker, gradients)
         if not round_.missing:
-            self._round = Round(session.spec.workers)
             self._spawn(self._apply(round_))
         return round_
 
@@ -346,13 +347,17 @@ class SessionActor:
             for arrival in round_.arrivals:
                 observer.phase_ended(Phase.QUEUE, started - arrival)
             try:
+                self.check_open()
                 outcome = await self.run(
                     lambda: self.session.step(round_.mean(self._surroundings.device))
                 )
             except Exception as error:  # noqa: BLE001 - Whatever it is belongs to those who wait.
+                self._round = Round(self.session.spec.workers, step=round_.step)
                 round_.done.set_exception(error)
                 return
             observer.phase_ended(Phase.APPLY, time.perf_counter() - started)
+        self._outcome = outcome
+        self._round = Round(self.session.spec.workers, step=round_.step + 1)
         self.stepped_s = self.used_s = self._surroundings.clock()
         round_.done.set_result(outcome)
         observer.step_applied(

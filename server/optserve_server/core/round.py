@@ -16,8 +16,9 @@ from optserve_server.core.session import StepOutcome
 class Round:
     """Contributions by worker, and what becomes of them."""
 
-    def __init__(self, workers: int) -> None:
-        """Wait for ``workers`` contributions. Made on the event loop."""
+    def __init__(self, workers: int, step: int) -> None:
+        """Wait for ``workers`` contributions to ``step``. Made on the event loop."""
+        self.step = step
         self._gradients: list[Sequence[Tensor | None] | None] = [None] * workers
         self.arrivals: list[float] = []
         """When each contribution came, by time.perf_counter()."""
