@@ -68,7 +68,7 @@ class OptimizerServicer(OptimizerServiceServicer):
             self._registry.surroundings.observer.bytes_moved(Direction.RECEIVED, count)
             try:
                 await actor.set_parameters(values)
-            except BaseException:  # The client has gone, and nobody will ever know the session's id.
+            except BaseException:  # The client has gone, and nobody else knows the id.
                 await self._registry.delete(actor.session_id)
                 raise
         return pb.CreateSessionResponse(session=encode.session(actor))
