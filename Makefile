@@ -47,8 +47,9 @@ generate: $(GENERATE) ## Write the stubs, the help texts and the golden surface 
 node: $(NODE) ## Install what the Node client needs
 
 clean: ## Remove everything that the other targets have made
-	@rm -rf build .venv .venv-generate .mypy_cache .pytest_cache .ruff_cache .hypothesis client/node/node_modules
-	@find . -name __pycache__ -prune -exec rm -rf {} + -o -name '*.egg-info' -prune -exec rm -rf {} +
+	@rm -rf .venv .venv-generate .mypy_cache .pytest_cache .ruff_cache .hypothesis client/node/node_modules
+	@rm -rf build protos/build client/python/build server/build
+	@find protos client server tests '(' -name __pycache__ -o -name '*.egg-info' ')' -prune -exec rm -rf {} +
 
 # $(call venv,FOLDER,REQUIREMENTS,WHAT TO SAY): make a virtual environment, and note that it is complete.
 define venv

@@ -39,7 +39,7 @@ with (
             loss = nn.functional.mse_loss(
                 model(inputs[batch : batch + 32]), targets[batch : batch + 32]
             )
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         optimizer.end_epoch()
         print(f"epoch {epoch:2}  loss {nn.functional.mse_loss(model(inputs), targets).item():.4f}")
