@@ -48,7 +48,7 @@ node: $(NODE) ## Install what the Node client needs
 
 clean: ## Remove everything that the other targets have made
 	@rm -rf .venv .venv-generate .mypy_cache .pytest_cache .ruff_cache .hypothesis client/node/node_modules
-	@rm -rf build protos/build client/python/build server/build
+	@rm -rf build protos/build client/python/build server/build client/node/generated
 	@find protos client server tests '(' -name __pycache__ -o -name '*.egg-info' ')' -prune -exec rm -rf {} +
 
 # $(call venv,FOLDER,REQUIREMENTS,WHAT TO SAY): make a virtual environment, and note that it is complete.
