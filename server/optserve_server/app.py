@@ -29,6 +29,7 @@ from optserve_server.telemetry.metrics import Build, Metrics
 
 _LOGGER = logging.getLogger(__name__)
 _EXPIRY_INTERVALS = 10  # How often within the idle time sessions are looked through.
+_LAME_DUCK_S = 0.25  # Calls that are on their way get an answer, not a broken connection.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -117,6 +118,7 @@ async def _until_stopped(server: Server, registry: SessionRegistry, config: Conf
         loop.add_signal_handler(number, hurry.set)
     await server.announce_end()
     registry.drain()
+    await asyncio.sleep(_LAME_DUCK_S)
     stopping = asyncio.create_task(server.stop(config.drain_timeout_s))
     hurrying = asyncio.create_task(hurry.wait())
     await asyncio.wait((stopping, hurrying), return_when=asyncio.FIRST_COMPLETED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -29,7 +30,33 @@ class AddressInUseError(Exception):
 
 
 class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc, name-defined] # untyped
-    """grpcio's health service, with the List that it lacks."""
+    """grpcio's health service, with the List that it lacks; watches end with the server."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watches: set[asyncio.Task[Any]] = set()
+        self._ended = False
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        """Tell a service's status whenever it changes, until the server stops."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._watches.add(task)
+        try:
+            await super().Watch(request, context)
+        except asyncio.CancelledError:
+            if not self._ended:  # The client has gone.
+                raise
+        finally:
+            self._watches.discard(task)
+
+    def end_watches(self) -> None:
+        """End every watch, or the server would wait for those who watch it stop."""
+        self._ended = True
+        for task in self._watches:
+            task.cancel()
 
     async def List(
         self, request: health_pb2.HealthListRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -94,6 +121,7 @@ class Server:
 
     async def stop(self, grace_s: float) -> None:
         """Take no more calls; those that go on have ``grace_s`` to end, and are ended then."""
+        self._health.end_watches()
         await self._server.stop(grace_s)
 
     def _add_reflection(self) -> None:
