@@ -201,9 +201,10 @@ class _StubWorker:
             first = next(self._responses)
             if first.HasField("refused"):
                 raise RefusedError.from_message(first.refused.refusal)
+            assert first.HasField("begin")
             chunks = []
             while (response := next(self._responses)).HasField("chunks"):
                 chunks.append(response.chunks)
-            assert response.HasField("end")
-        parameters = assembled(first.result.parameters, chunks)
-        return StepAnswer(result=first.result, parameters=parameters)
+            assert response.HasField("result")
+        parameters = assembled(first.begin.parameters, chunks)
+        return StepAnswer(result=response.result, parameters=parameters)

@@ -136,7 +136,7 @@ export interface StepResult {
 export interface StepOptions {
   /** Number of the step. Left out: the next one. */
   step?: number;
-  /** Arrays to write the parameters into, by name, instead of new ones. Half written if the connection breaks. */
+  /** Arrays to write the parameters into, by name, instead of new ones. Half written if the step fails. */
   into?: Named<Elements>;
 }
 

@@ -166,9 +166,8 @@ class TrainStream {
 /** The answer to one event or one step, as it comes in. */
 class Answer {
   #targets;
-  /** @type {any} */ #result;
   /** @type {[string, Tensor][]} */ #parameters = [];
-  #assembly = new Assembly([]);
+  /** @type {Assembly | undefined} */ #assembly;
   /** @type {(value: any) => void} */ #resolve = () => {};
   isSettled = false;
 
@@ -197,23 +196,22 @@ class Answer {
       this.#resolve(response.opened.status);
     } else if (response.refused) {
       this.reject(errorFromRefusal(response.refused.refusal));
-    } else if (response.result) {
-      this.#begin(response.result);
-    } else if (response.chunks) {
+    } else if (response.begin && this.#assembly === undefined) {
+      this.#begin(response.begin);
+    } else if (response.chunks && this.#assembly) {
       this.#assembly.add(response.chunks.chunks);
-    } else if (response.end && this.#result) {
+    } else if (response.result && this.#assembly) {
       this.#assembly.finish();
       for (const [, tensor] of this.#parameters) arrived(tensor);
-      this.#resolve(stepResultOf(this.#result, this.#parameters));
+      this.#resolve(stepResultOf(response.result, this.#parameters));
     } else {
       throw new RangeError('an event is empty or came too early');
     }
   }
 
-  /** @param {any} result */
-  #begin(result) {
-    this.#result = result;
-    this.#parameters = result.parameters.map((/** @type {any} */ header) => {
+  /** @param {any} begin */
+  #begin(begin) {
+    this.#parameters = begin.parameters.map((/** @type {any} */ header) => {
       const target = this.#targets.get(header.name);
       return [header.name, emptyTensor(headerFromMessage(header), target)];
     });

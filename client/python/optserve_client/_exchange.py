@@ -95,7 +95,7 @@ class Opening:
 
 
 class Step:
-    """One step: begin, gradient chunks, end; result, parameter chunks, end, or a refusal."""
+    """One step: begin, gradient chunks, end; begin, parameter chunks, result, or a refusal."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Step:
         Args:
             begin: The step's number and the headers of the gradients.
             gradients: The gradients' bytes, in that order. Must not change until the step is over.
-            parameters: Headers of the parameters that the result must announce.
+            parameters: Headers of the parameters that the answer must announce.
             chunk_bytes: Most tensor bytes in one message.
         """
         self._begin = begin
@@ -132,21 +132,26 @@ class Step:
         yield pb.TrainRequest(end=pb.StepEnd())
 
     def receive(self, response: pb.TrainResponse) -> bool:
-        """Take a message of the answer; the step is over with its end, or with a refusal."""
+        """Take a message of the answer; the step is over with its result, or with a refusal.
+
+        The parameters count from then on: a refusal takes back those that had come.
+        """
         match response.WhichOneof("event"):
             case "refused" if response.refused.step == self._begin.step:
                 self.refusal = response.refused.refusal
-            case "result" if self._incoming is None and response.result.step == self._begin.step:
-                check_announced(response.result.parameters, self._parameters)
-                self.result = response.result
+            case "begin" if self._incoming is None and response.begin.step == self._begin.step:
+                check_announced(response.begin.parameters, self._parameters)
                 self._incoming = Incoming(self._parameters)
             case "chunks" if self._incoming is not None:
                 self._incoming.add(response.chunks)
-            case "end" if self._incoming is not None:
+            case "result" if self._incoming is not None and (
+                response.result.step == self._begin.step
+            ):
                 self.parameters = self._incoming.finish()
+                self.result = response.result
             case _:
                 _unexpected(response, f"the answer to step {self._begin.step}")
-        return self.refusal is not None or self.parameters is not None
+        return self.refusal is not None or self.result is not None
 
 
 class Download:

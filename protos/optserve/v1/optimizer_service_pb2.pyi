@@ -568,7 +568,7 @@ Global___StepBegin: _TypeAlias = StepBegin  # noqa: Y015
 
 @_typing.final
 class StepEnd(_message.Message):
-    """StepEnd ends what StepBegin began, in either direction."""
+    """StepEnd ends what StepBegin began."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -584,6 +584,34 @@ class StepEnd(_message.Message):
 Global___StepEnd: _TypeAlias = StepEnd  # noqa: Y015
 
 @_typing.final
+class ParametersBegin(_message.Message):
+    """ParametersBegin announces the parameters after a step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """step is the number of the step."""
+    @_builtins.property
+    def parameters(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]:
+        """parameters that follow: all of the session's, in its order."""
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        parameters: _abc.Iterable[_tensor_pb2.TensorHeader] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ParametersBegin: _TypeAlias = ParametersBegin  # noqa: Y015
+
+@_typing.final
 class StepResult(_message.Message):
     """StepResult is what a step did."""
 
@@ -594,7 +622,6 @@ class StepResult(_message.Message):
     RATES_FIELD_NUMBER: _builtins.int
     GRADIENT_NORM_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
-    PARAMETERS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """step is the number of the step."""
     epochs: _builtins.int
@@ -607,10 +634,6 @@ class StepResult(_message.Message):
     def rates(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.GroupRate]:
         """rates are the learning rates used by this step, for each group."""
 
-    @_builtins.property
-    def parameters(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]:
-        """parameters that follow: all of the session's, in its order."""
-
     def __init__(
         self,
         *,
@@ -619,11 +642,10 @@ class StepResult(_message.Message):
         rates: _abc.Iterable[_session_pb2.GroupRate] | None = ...,
         gradient_norm: _builtins.float = ...,
         replayed: _builtins.bool = ...,
-        parameters: _abc.Iterable[_tensor_pb2.TensorHeader] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epochs", b"epochs", "gradient_norm", b"gradient_norm", "parameters", b"parameters", "rates", b"rates", "replayed", b"replayed", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epochs", b"epochs", "gradient_norm", b"gradient_norm", "rates", b"rates", "replayed", b"replayed", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -673,8 +695,8 @@ class TrainRequest(_message.Message):
 
     @_builtins.property
     def begin(self) -> Global___StepBegin:
-        """begin of a step; gives up a step that was begun and not ended. After a refusal, whatever comes before the next
-        begin is ignored.
+        """begin of a step; gives up a step that was begun and not ended, and what had come of the answer to it. After a
+        refusal, whatever comes before the next begin is ignored.
         """
 
     @_builtins.property
@@ -705,49 +727,57 @@ Global___TrainRequest: _TypeAlias = TrainRequest  # noqa: Y015
 
 @_typing.final
 class TrainResponse(_message.Message):
-    """TrainResponse is one event for a worker."""
+    """TrainResponse is one event for a worker.
+
+    The answer to a step is begin, chunks, result. It may begin while the step's gradients are still on their way: the
+    parameters count only once the result has come, for a refusal may come in its place and take them back.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     OPENED_FIELD_NUMBER: _builtins.int
-    RESULT_FIELD_NUMBER: _builtins.int
+    BEGIN_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
-    END_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___TrainOpened:
         """opened answers open."""
 
     @_builtins.property
-    def result(self) -> Global___StepResult:
-        """result of a step."""
+    def begin(self) -> Global___ParametersBegin:
+        """begin of the answer to a step. A second one without a result between them starts afresh: the client has given up
+        the first step.
+        """
 
     @_builtins.property
     def chunks(self) -> _tensor_pb2.TensorChunks:
-        """chunks of the parameters that the result announced."""
+        """chunks of the parameters that begin announced."""
 
     @_builtins.property
-    def end(self) -> Global___StepEnd:
-        """end of the parameters."""
+    def result(self) -> Global___StepResult:
+        """result of the step, which has been applied: ends the answer, after the last chunk."""
 
     @_builtins.property
     def refused(self) -> Global___StepRefused:
-        """refused answers a step in the place of result, chunks and end."""
+        """refused answers a step that was not applied: in the place of the answer, or anywhere before its result. What had
+        come of the answer is void.
+        """
 
     def __init__(
         self,
         *,
         opened: Global___TrainOpened | None = ...,
-        result: Global___StepResult | None = ...,
+        begin: Global___ParametersBegin | None = ...,
         chunks: _tensor_pb2.TensorChunks | None = ...,
-        end: Global___StepEnd | None = ...,
+        result: Global___StepResult | None = ...,
         refused: Global___StepRefused | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "end", b"end", "event", b"event", "opened", b"opened", "refused", b"refused", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunks", b"chunks", "event", b"event", "opened", b"opened", "refused", b"refused", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "end", b"end", "event", b"event", "opened", b"opened", "refused", b"refused", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunks", b"chunks", "event", b"event", "opened", b"opened", "refused", b"refused", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["opened", "result", "chunks", "end", "refused"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["opened", "begin", "chunks", "result", "refused"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -799,7 +829,7 @@ class StepResponse(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def result(self) -> Global___StepResult:
-        """result of the step; its `parameters` are empty, for they follow here."""
+        """result of the step."""
 
     @_builtins.property
     def parameters(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:

@@ -51,8 +51,9 @@ class OptimizerServiceStub:
     DownloadParameters: _grpc.UnaryStreamMultiCallable[_optimizer_service_pb2.DownloadParametersRequest, _optimizer_service_pb2.DownloadParametersResponse]
     """DownloadParameters sends values of parameters as they are between two steps."""
     Train: _grpc.StreamStreamMultiCallable[_optimizer_service_pb2.TrainRequest, _optimizer_service_pb2.TrainResponse]
-    """Train takes the steps of one worker for as long as it likes: begin, chunks, end; result, chunks, end; and again.
-    The stream is opened by `open`, answered by `opened`. A refused step does not end it.
+    """Train takes the steps of one worker for as long as it likes: begin, chunks, end; answered by begin, chunks, result;
+    and again. The stream is opened by `open`, answered by `opened`. A refused step does not end it; DRAINING,
+    EVENT_OUT_OF_ORDER, SESSION_DELETED, STALLED, MALFORMED_MESSAGE and INTERNAL do, as its status.
     """
     Step: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.StepRequest, _optimizer_service_pb2.StepResponse]
     """Step is one step in one message each way, for small models, and where streams do not pass."""
@@ -92,8 +93,9 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
     DownloadParameters: _aio.UnaryStreamMultiCallable[_optimizer_service_pb2.DownloadParametersRequest, _optimizer_service_pb2.DownloadParametersResponse]  # type: ignore[assignment]
     """DownloadParameters sends values of parameters as they are between two steps."""
     Train: _aio.StreamStreamMultiCallable[_optimizer_service_pb2.TrainRequest, _optimizer_service_pb2.TrainResponse]  # type: ignore[assignment]
-    """Train takes the steps of one worker for as long as it likes: begin, chunks, end; result, chunks, end; and again.
-    The stream is opened by `open`, answered by `opened`. A refused step does not end it.
+    """Train takes the steps of one worker for as long as it likes: begin, chunks, end; answered by begin, chunks, result;
+    and again. The stream is opened by `open`, answered by `opened`. A refused step does not end it; DRAINING,
+    EVENT_OUT_OF_ORDER, SESSION_DELETED, STALLED, MALFORMED_MESSAGE and INTERNAL do, as its status.
     """
     Step: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.StepRequest, _optimizer_service_pb2.StepResponse]  # type: ignore[assignment]
     """Step is one step in one message each way, for small models, and where streams do not pass."""
@@ -178,8 +180,9 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_optimizer_service_pb2.TrainRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_optimizer_service_pb2.TrainResponse], _abc.AsyncIterator[_optimizer_service_pb2.TrainResponse]]:
-        """Train takes the steps of one worker for as long as it likes: begin, chunks, end; result, chunks, end; and again.
-        The stream is opened by `open`, answered by `opened`. A refused step does not end it.
+        """Train takes the steps of one worker for as long as it likes: begin, chunks, end; answered by begin, chunks, result;
+        and again. The stream is opened by `open`, answered by `opened`. A refused step does not end it; DRAINING,
+        EVENT_OUT_OF_ORDER, SESSION_DELETED, STALLED, MALFORMED_MESSAGE and INTERNAL do, as its status.
         """
 
     @_abc_1.abstractmethod

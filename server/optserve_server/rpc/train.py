@@ -178,17 +178,16 @@ class _WorkerStream:
         outcome, replayed = await self._actor.commit(contribution)
         started = time.perf_counter()
         async with self._actor.reading() as parameters:
-            result = encode.step_result(outcome, replayed=replayed)
-            result.parameters.extend(self._headers)
-            await transfer.in_time(
-                self._context.write(pb.TrainResponse(result=result)), self._limits
-            )
+            begin = pb.ParametersBegin(step=outcome.step, parameters=self._headers)
+            await self._write(pb.TrainResponse(begin=begin))
             count = await transfer.send(parameters, self._write_chunks, self._limits)
-            await transfer.in_time(
-                self._context.write(pb.TrainResponse(end=pb.StepEnd())), self._limits
-            )
+            result = encode.step_result(outcome, replayed=replayed)
+            await self._write(pb.TrainResponse(result=result))
         self._observer.phase_ended(Phase.SEND, time.perf_counter() - started)
         self._observer.bytes_moved(Direction.SENT, count)
+
+    async def _write(self, response: pb.TrainResponse) -> None:
+        await transfer.in_time(self._context.write(response), self._limits)
 
     async def _write_chunks(self, chunks: TensorChunks) -> None:
         await self._context.write(pb.TrainResponse(chunks=chunks))
@@ -197,7 +196,7 @@ class _WorkerStream:
         self._contribution, self._refused = None, True
         self._observer.refused(status.reason_of(error))
         refused = pb.StepRefused(step=self._step, refusal=status.refusal(error))
-        await transfer.in_time(self._context.write(pb.TrainResponse(refused=refused)), self._limits)
+        await self._write(pb.TrainResponse(refused=refused))
 
 
 def _check_answer_fits(actor: SessionActor, message_bytes_max: int) -> None:

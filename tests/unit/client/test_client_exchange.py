@@ -34,13 +34,22 @@ def both_parameters() -> TensorChunks:
 
 
 def step_of(gradient: np.ndarray[tuple[int], np.dtype[np.float32]] = W_VALUES) -> Step:
-    begin = pb.StepBegin(step=3, gradients=[W])
+    announced = pb.StepBegin(step=3, gradients=[W])
     data = gradient.view(np.uint8).data
-    return Step(begin, [data], [W, B], chunk_bytes=8)
+    return Step(announced, [data], [W, B], chunk_bytes=8)
 
 
-def result(step: int = 3, parameters: Sequence[TensorHeader] = (W, B)) -> pb.TrainResponse:
-    return pb.TrainResponse(result=pb.StepResult(step=step, parameters=parameters))
+def begin(step: int = 3, parameters: Sequence[TensorHeader] = (W, B)) -> pb.TrainResponse:
+    return pb.TrainResponse(begin=pb.ParametersBegin(step=step, parameters=parameters))
+
+
+def result(step: int = 3) -> pb.TrainResponse:
+    return pb.TrainResponse(result=pb.StepResult(step=step))
+
+
+def refused(step: int = 3) -> pb.TrainResponse:
+    refusal = Refusal(reason=Reason.REASON_NON_FINITE_GRADIENT, message="no")
+    return pb.TrainResponse(refused=pb.StepRefused(step=step, refusal=refusal))
 
 
 def test_a_stream_opens_with_the_session_and_the_worker() -> None:
@@ -53,8 +62,8 @@ def test_a_stream_opens_with_the_session_and_the_worker() -> None:
 
 
 def test_a_stream_that_opens_with_something_else_is_not_understood() -> None:
-    with pytest.raises(ProtocolError, match="sent end where opened"):
-        Opening("id", 0).receive(pb.TrainResponse(end=pb.StepEnd()))
+    with pytest.raises(ProtocolError, match="sent result where opened"):
+        Opening("id", 0).receive(result())
 
 
 def test_a_step_is_sent_as_begin_chunks_end() -> None:
@@ -69,11 +78,11 @@ def test_a_step_is_sent_as_begin_chunks_end() -> None:
     assert sent == W_VALUES.tobytes()
 
 
-def test_a_step_is_over_with_its_end_and_its_parameters_are_read_only() -> None:
+def test_a_step_is_over_with_its_result_and_its_parameters_are_read_only() -> None:
     step = step_of()
-    assert not step.receive(result())
+    assert not step.receive(begin())
     assert not step.receive(pb.TrainResponse(chunks=both_parameters()))
-    assert step.receive(pb.TrainResponse(end=pb.StepEnd()))
+    assert step.receive(result())
     assert step.parameters is not None
     w, b = step.parameters
     assert np.array_equal(w, W_VALUES)
@@ -82,15 +91,25 @@ def test_a_step_is_over_with_its_end_and_its_parameters_are_read_only() -> None:
     assert not w.flags.writeable
 
 
-def test_a_result_may_begin_before_the_last_gradient_is_sent() -> None:
+def test_an_answer_may_begin_before_the_last_gradient_is_sent() -> None:
     step = step_of()
     requests = step.requests()
     next(requests)
-    step.receive(result())
+    step.receive(begin())
     step.receive(pb.TrainResponse(chunks=chunks((1, 0, B_VALUE.tobytes()))))
     assert [request.WhichOneof("event") for request in requests] == ["chunks", "chunks", "end"]
     step.receive(pb.TrainResponse(chunks=chunks((0, 0, W_VALUES.tobytes()))))
-    assert step.receive(pb.TrainResponse(end=pb.StepEnd()))
+    assert step.receive(result())
+
+
+def test_a_refusal_takes_back_the_parameters_that_had_come() -> None:
+    step = step_of()
+    step.receive(begin())
+    step.receive(pb.TrainResponse(chunks=both_parameters()))
+    assert step.receive(refused())
+    assert step.refusal == refused().refused.refusal
+    assert step.parameters is None
+    assert step.result is None
 
 
 def test_after_a_refusal_nothing_more_of_the_step_is_sent() -> None:
@@ -98,30 +117,29 @@ def test_after_a_refusal_nothing_more_of_the_step_is_sent() -> None:
     requests = step.requests()
     next(requests)
     next(requests)
-    refusal = Refusal(reason=Reason.REASON_SHAPE_MISMATCH, message="no")
-    refused = pb.StepRefused(step=3, refusal=refusal)
-    assert step.receive(pb.TrainResponse(refused=refused))
-    assert step.refusal == refusal
+    assert step.receive(refused())
+    assert step.refusal == refused().refused.refusal
     assert list(requests) == []
 
 
 NOT_UNDERSTOOD = {
-    "result-of-another-step": [result(step=2)],
-    "refusal-of-another-step": [pb.TrainResponse(refused=pb.StepRefused(step=9))],
-    "other-parameters": [result(parameters=[W])],
+    "begin-of-another-step": [begin(step=2)],
+    "result-of-another-step": [begin(), pb.TrainResponse(chunks=both_parameters()), result(step=2)],
+    "refusal-of-another-step": [refused(step=9)],
+    "other-parameters": [begin(parameters=[W])],
     "parameters-of-another-shape": [
-        result(parameters=[TensorHeader(name="w", data_type=DataType.DATA_TYPE_FP32, shape=[5]), B])
+        begin(parameters=[TensorHeader(name="w", data_type=DataType.DATA_TYPE_FP32, shape=[5]), B])
     ],
-    "two-results": [result(), result()],
-    "chunks-before-the-result": [pb.TrainResponse(chunks=both_parameters())],
-    "end-before-the-result": [pb.TrainResponse(end=pb.StepEnd())],
-    "end-before-the-last-byte": [result(), pb.TrainResponse(end=pb.StepEnd())],
+    "two-begins": [begin(), begin()],
+    "chunks-before-the-begin": [pb.TrainResponse(chunks=both_parameters())],
+    "result-before-the-begin": [result()],
+    "result-before-the-last-byte": [begin(), result()],
     "overlap": [
-        result(),
+        begin(),
         pb.TrainResponse(chunks=chunks((0, 0, b"1234"))),
         pb.TrainResponse(chunks=chunks((0, 0, b"1234"))),
     ],
-    "overrun": [result(), pb.TrainResponse(chunks=chunks((1, 0, b"12345")))],
+    "overrun": [begin(), pb.TrainResponse(chunks=chunks((1, 0, b"12345")))],
     "empty-event": [pb.TrainResponse()],
 }
 
