@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -343,7 +344,9 @@ def _entries(message: Descriptor, torch_classes: Mapping[str, type]) -> list[Jso
 
 
 def _default_of(torch_class: type, name: str) -> str | None:
-    parameter = inspect.signature(torch_class).parameters.get(name)
-    if parameter is None or parameter.default is parameter.empty:
+    if name in ("lr_lambda", "group_lr_lambdas"):
+        return "null"  # Exactly one of the two is required.
+    default = inspect.signature(torch_class).parameters[name].default
+    if default is inspect.Parameter.empty:
         return None
-    return "True" if name == "fused" else repr(parameter.default)
+    return json.dumps(default if name != "fused" else True)

@@ -1259,7 +1259,9 @@ class Hyperparameter(_message.Message):
     type: _builtins.str
     """type in words: "double", "bool", "int64", "string", "Tensor", or "Reduction"; with "[]" behind if repeated."""
     default: _builtins.str
-    """default as Python writes it. Unset: the hyperparameter is required."""
+    """default as JSON: 0.001, [0.9, 0.999], true, "mean" (torch's word for REDUCTION_MEAN). It is null where nothing is in
+    force until it is given: torch decides, or another field stands in its place. Unset: the hyperparameter is required.
+    """
     help: _builtins.str
     """help in one line."""
     @_builtins.property

@@ -23,6 +23,7 @@ _TYPES = {
     FieldDescriptor.TYPE_BOOL: "bool",
     FieldDescriptor.TYPE_STRING: "string",
 }
+_FORMS_OF_LAMBDA = ("lr_lambda", "group_lr_lambdas")
 
 
 def catalogue() -> GetCatalogueResponse:
@@ -32,15 +33,11 @@ def catalogue() -> GetCatalogueResponse:
     )
     return GetCatalogueResponse(
         optimizers=[
-            _entry(
-                field,
-                optimizers.effective_hyperparameters(OPTIMIZERS[kind_of(field).name], {}),
-                texts,
-            )
+            _entry(field, _optimizer_defaults(kind_of(field).name), texts)
             for field in _kinds(optimizer_pb2.Optimizer.DESCRIPTOR)
         ],
         schedulers=[
-            _entry(field, SCHEDULERS[kind_of(field).name].defaults, texts)
+            _entry(field, _scheduler_defaults(kind_of(field).name), texts)
             for field in _kinds(scheduler_pb2.Scheduler.DESCRIPTOR)
         ],
         losses=[
@@ -52,6 +49,22 @@ def catalogue() -> GetCatalogueResponse:
 
 def _kinds(message: Descriptor) -> list[FieldDescriptor]:
     return list(message.oneofs_by_name["kind"].fields)
+
+
+def _optimizer_defaults(kind: str) -> dict[str, Value | None]:
+    """Return what is in force if nothing is given; None where torch decides at each step."""
+    torch_kind = OPTIMIZERS[kind]
+    return torch_kind.defaults | optimizers.effective_hyperparameters(torch_kind, {})
+
+
+def _scheduler_defaults(kind: str) -> dict[str, Value | None]:
+    """Return torch's defaults, without what is required.
+
+    None for the two forms of one argument: neither is required by itself.
+    """
+    defaults = SCHEDULERS[kind].defaults
+    given = {name: value for name, value in defaults.items() if value is not None}
+    return given | (dict.fromkeys(_FORMS_OF_LAMBDA) if "lr_lambda" in defaults else {})
 
 
 def _entry(
@@ -66,7 +79,7 @@ def _entry(
             Hyperparameter(
                 name=field.name,
                 type=_type(field),
-                default=_default(field, defaults),
+                default=json.dumps(defaults[field.name]) if field.name in defaults else None,
                 constraint=constraint_of(field),
                 help=texts[f"{message.name}.{field.name}"],
             )
@@ -78,13 +91,3 @@ def _entry(
 def _type(field: FieldDescriptor) -> str:
     name = field.message_type or field.enum_type
     return (name.name if name else _TYPES[field.type]) + ("[]" if field.is_repeated else "")
-
-
-def _default(field: FieldDescriptor, defaults: Mapping[str, Value | None]) -> str | None:
-    """Return the default as Python writes it.
-
-    None if the argument is required, or torch decides by itself.
-    """
-    optional_tensor = field.message_type is not None or field.name in ("foreach", "fused")
-    value = defaults.get(field.name)
-    return "None" if value is None and optional_tensor else None if value is None else repr(value)
