@@ -81,14 +81,7 @@ class CoreDriver:
 
     def update(self, request: pb.UpdateSessionRequest) -> Session:
         async def updated() -> Session:
-            actor = self.registry.find(request.session_id)
-            async with actor.writing() as session:
-                changes, count = await actor.run(
-                    lambda: change.plan(request, session, self._limits)
-                )
-                with self.registry.resized(actor, count):
-                    session.change(changes)
-            return encode.session(actor)
+            return encode.session(await change.update(request, self.registry))
 
         return self._run(updated())
 

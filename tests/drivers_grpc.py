@@ -36,7 +36,7 @@ def served_in_process(limits: Limits | None = None) -> Iterator[str]:
     """Serve gRPC on a free port, from an event loop in a thread of this process."""
     with EventLoopThread() as loop, registry_on(loop, limits or Limits()) as registry:
         server = loop.call(lambda: Server(registry))
-        yield f"127.0.0.1:{loop.run(server.start('127.0.0.1', 0))}"
+        yield loop.run(server.start("127.0.0.1", 0))
         loop.run(server.stop(0))
 
 

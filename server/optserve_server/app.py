@@ -54,13 +54,14 @@ async def serve(config: Config) -> None:
         endpoint = MetricsEndpoint(
             metrics_registry, host=config.metrics_host, port=config.metrics_port
         )
+        server = Server(registry)
         try:
-            server = Server(registry)
-            port = await server.start(config.host, config.port)
-            address = f"[{config.host}]:{port}" if ":" in config.host else f"{config.host}:{port}"
+            address = await server.start(config.host, config.port)
+            stop = _signalled()  # Before anybody is told that we serve, and so may ask us to stop.
             _announce(config, address, endpoint.address, device)
-            await _until_stopped(server, registry, config)
+            await _until_stopped(stop, server, registry, config)
         finally:
+            await server.stop(0)
             endpoint.stop()
 
 
@@ -103,19 +104,23 @@ def _write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-async def _until_stopped(server: Server, registry: SessionRegistry, config: Config) -> None:
-    """Expire idle sessions until a signal comes, then drain."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
+def _signalled() -> asyncio.Event:
+    """Return what will be set by the next signal to stop; what was returned before is not."""
+    event = asyncio.Event()
     for number in _SIGNALS:
-        loop.add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, event.set)
+    return event
+
+
+async def _until_stopped(
+    stop: asyncio.Event, server: Server, registry: SessionRegistry, config: Config
+) -> None:
+    """Expire idle sessions until a signal comes, then drain."""
     expiry = asyncio.create_task(_expire_idle(registry, config.idle_timeout_s))
     await stop.wait()
     expiry.cancel()
     _LOGGER.info("draining", extra={"timeout_s": config.drain_timeout_s})
-    hurry = asyncio.Event()
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, hurry.set)
+    hurry = _signalled()
     await server.announce_end()
     registry.drain()
     await asyncio.sleep(_LAME_DUCK_S)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ByteSize, Field
+from pydantic import ByteSize, Field, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -21,6 +21,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from optserve.limits import MESSAGE_HEADROOM_BYTES
 from optserve_server.core.limits import Limits
 
 ENVIRONMENT_PREFIX = "OPTSERVE_"
@@ -121,6 +122,15 @@ class Config(BaseSettings):
     """How many seconds a step waits for the other workers."""
     stall_timeout_s: Seconds = _LIMITS.stall_timeout_s
     """How many seconds a client may neither send nor read in the middle of a transfer."""
+
+    @model_validator(mode="after")
+    def _chunks_fit_into_messages(self) -> Config:
+        if self.chunk_bytes_max + MESSAGE_HEADROOM_BYTES > self.message_bytes_max:
+            raise ValueError(
+                f"chunk_bytes_max ({self.chunk_bytes_max}) must be at least"
+                f" {MESSAGE_HEADROOM_BYTES} below message_bytes_max ({self.message_bytes_max})"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(

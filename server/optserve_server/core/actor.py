@@ -1,40 +1,33 @@
-"""A session in a world of concurrent calls.
-
-One writer at a time, rounds of several workers, work off the event loop.
-"""
+"""A session in a world of concurrent calls: who may touch it, when, and what they see."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from optserve_server.core.device import Device
 from optserve_server.core.errors import (
     InvalidFieldError,
-    InvalidNameError,
-    RoundTimeoutError,
     SessionDeletedError,
-    StepOutOfOrderError,
     UnknownNameError,
     WorkerBusyError,
     draining_error,
 )
-from optserve_server.core.events import LossEvaluated, Observer, Phase, SessionOpened, StepApplied
-from optserve_server.core.lock import SharedLock
+from optserve_server.core.events import LossEvaluated, Observer, SessionOpened, StepApplied
 from optserve_server.core.losses import LossOutcome
-from optserve_server.core.round import Contribution, Round
-from optserve_server.core.session import Session, StepOutcome, norm_of
-from optserve_server.core.spec import Split
+from optserve_server.core.round import Contribution
+from optserve_server.core.rounds import Rounds
+from optserve_server.core.session import Session, StepOutcome
+from optserve_server.core.spec import SessionSpec, Split
 from optserve_server.core.tensors import TensorSpec, check_fits
-
-_T = TypeVar("_T")
+from optserve_server.core.work import Work, to_its_end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +37,10 @@ class Surroundings:
     device: Device
     executor: Executor
     clock: Callable[[], float]
-    """Seconds since the epoch."""
+    """Seconds since the epoch: for what people read."""
     observer: Observer
+    monotonic: Callable[[], float] = time.monotonic
+    """Seconds, from any beginning: for how long something takes."""
 
 
 @dataclass(slots=True)
@@ -68,21 +63,31 @@ class SessionActor:
         surroundings: Surroundings,
     ) -> None:
         """Serve ``session``, which nobody else may touch from now on."""
-        self.session = session
         self.opened = opened
         self.reserved_bytes = reserved_bytes
-        self.created_s = self.used_s = surroundings.clock()
+        self.view = session.view()
+        """Where the session stands: never half of a step."""
+        self.created_s = surroundings.clock()
         self.stepped_s: float | None = None
         self.closed = False
+        self.work = Work(surroundings.executor)
+        self.session = session
         self._surroundings = surroundings
-        self._lock = SharedLock()
-        self._round = Round(session.spec.workers, step=1)
-        self._outcome: StepOutcome | None = None
-        self._staging: list[dict[int, Tensor]] = [{} for _ in range(session.spec.workers)]
+        self._used_s = surroundings.monotonic()
+        self._rounds = Rounds(
+            session,
+            self.work,
+            surroundings.device,
+            observer=surroundings.observer,
+            monotonic=surroundings.monotonic,
+            publish=self._publish,
+            stepped=self._stepped,
+            check_open=self.check_open,
+        )
         self._positions = {parameter.name: i for i, parameter in enumerate(session.spec.parameters)}
         self._attached: dict[int, Attachment] = {}
+        self._readers: set[asyncio.Task[Any]] = set()
         self._draining = False
-        self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def session_id(self) -> str:
@@ -90,14 +95,27 @@ class SessionActor:
         return self.opened.session_id
 
     @property
+    def spec(self) -> SessionSpec:
+        """What is in force."""
+        return self.session.spec
+
+    @property
     def device_name(self) -> str:
         """The device that the session lives on, as torch names it."""
         return str(self._surroundings.device.torch)
 
-    @property
-    def idle(self) -> bool:
-        """Whether no worker has a call or a stream open."""
-        return not self._attached
+    def idle_s(self) -> float:
+        """Return for how long nobody has used the session; 0 while a worker has a call open."""
+        return 0.0 if self._attached else self._surroundings.monotonic() - self._used_s
+
+    def check_open(self) -> None:
+        """Make sure that the session is still there.
+
+        Raises:
+            SessionDeletedError: It was deleted.
+        """
+        if self.closed:
+            raise self._deleted()
 
     @contextmanager
     def attach(self, worker: int) -> Iterator[Attachment]:
@@ -107,21 +125,19 @@ class SessionActor:
             InvalidFieldError: The session has no such worker.
             WorkerBusyError: Another call sends for it.
         """
-        workers = self.session.spec.workers
-        if worker >= workers:
+        self.check_open()
+        if worker >= self.spec.workers:
             raise InvalidFieldError(
-                f"there is no worker {worker}; the session has {workers}, from 0",
+                f"there is no worker {worker}; the session has {self.spec.workers}, from 0",
                 field="worker",
-                expected=f"0 to {workers - 1}",
+                expected=f"0 to {self.spec.workers - 1}",
                 actual=worker,
             )
         if worker in self._attached:
             raise WorkerBusyError(
                 f"another call is sending for worker {worker}", field="worker", actual=worker
             )
-        task = asyncio.current_task()
-        assert task is not None
-        self._attached[worker] = attachment = Attachment(task=task)
+        self._attached[worker] = attachment = Attachment(task=_current_task())
         try:
             yield attachment
         except asyncio.CancelledError:  # By us, or by the client's leaving.
@@ -131,16 +147,9 @@ class SessionActor:
             raise
         finally:
             del self._attached[worker]
-            self.used_s = self._surroundings.clock()
-
-    def check_open(self) -> None:
-        """Make sure that the session is still there.
-
-        Raises:
-            SessionDeletedError: It was deleted.
-        """
-        if self.closed:
-            raise SessionDeletedError(f"session {self.session_id} was deleted")
+            self.touch()
+            if self._draining:
+                self._abandon_hopeless_round()
 
     def position(self, name: str) -> int | None:
         """Return which parameter has the name; None if none has."""
@@ -150,114 +159,75 @@ class SessionActor:
         """Return which parameters the announced tensors belong to.
 
         Args:
-            tensors: As they were announced.
+            tensors: As they were announced; their names are unique.
             field: Path of the list that they came in.
 
         Raises:
-            CallerError: A name is unknown or stands twice, or a shape or dtype is not the
-                parameter's.
+            CallerError: A name is unknown, or a shape or dtype is not the parameter's.
         """
-        positions = [self._position_of(tensor, f"{field}[{i}]") for i, tensor in enumerate(tensors)]
-        if len(set(positions)) != len(positions):
-            twice = next(i for i, position in enumerate(positions) if position in positions[:i])
-            raise InvalidNameError(
-                f"{tensors[twice].name!r} is there twice",
-                field=f"{field}[{twice}].name",
-                actual=tensors[twice].name,
-            )
-        return positions
+        return [self._position_of(tensor, f"{field}[{i}]") for i, tensor in enumerate(tensors)]
 
     def begin(self, worker: int, step: int, announced: Sequence[TensorSpec]) -> Contribution:
-        """Prepare to receive a worker's gradients for a step.
-
-        Args:
-            worker: Attached.
-            step: Number of the step.
-            announced: The gradients that will come.
-
-        Raises:
-            OptserveError: The step, or a gradient, cannot be taken. Nothing was changed.
-        """
+        """Prepare to receive the gradients of an attached worker; see Rounds.begin."""
         self.check_open()
-        self.session.check_ready()
-        round_ = self._round
-        if step not in (round_.step, round_.step - 1) or step == 0:
-            raise StepOutOfOrderError(
-                f"step {step} is not the next one; the next step is {round_.step}",
-                field="step",
-                expected=round_.step,
-                actual=step,
-            )
-        positions = self.positions_of(announced, "gradients")
-        settled: Round | StepOutcome | None = None
-        if step < round_.step:
-            settled = self._outcome
-        elif round_.has(worker):  # It may be being applied by now: that is not to be done twice.
-            settled = round_
-        gradients: list[Tensor | None] = [None] * len(self._positions)
-        targets = [] if settled else [self._staged(worker, position) for position in positions]
-        for position, target in zip(positions, targets, strict=False):
-            gradients[position] = target
-        return Contribution(
-            worker=worker, step=step, gradients=gradients, targets=targets, settled=settled
-        )
+        return self._rounds.begin(worker, step, self.positions_of(announced, "gradients"))
 
     async def commit(self, contribution: Contribution) -> tuple[StepOutcome, bool]:
-        """Give a received contribution to its round, and wait until the step is applied.
-
-        Returns:
-            What the step did, and whether that had been done before.
-
-        Raises:
-            OptserveError: The step was refused, or the other workers did not come in time.
-        """
+        """Contribute what was received, and wait for the step; see Rounds.commit."""
         self.check_open()
-        if isinstance(contribution.settled, StepOutcome):
-            return contribution.settled, True
-        round_ = contribution.settled or await self._join_round(contribution)
-        try:
-            async with asyncio.timeout(self.session.spec.round_timeout_s):
-                return await asyncio.shield(round_.done), False
-        except TimeoutError:
-            raise RoundTimeoutError(
-                f"step {contribution.step} waits for workers {round_.missing}; the contribution is"
-                " kept: send the same step again to go on waiting",
-                field="step",
-                expected=f"a contribution of workers {round_.missing}",
-                retry_after_s=0.0,
-            ) from None
+        return await self._rounds.commit(contribution)
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[Sequence[Tensor]]:
         """Hold the parameters' values still, between two steps; see Session.parameters."""
         self.check_open()
-        async with self._lock.shared():
-            yield self.session.parameters
+        self.touch()
+        task = _current_task()
+        self._readers.add(task)
+        try:
+            async with self.work.lock.shared():
+                self.check_open()
+                yield self.session.parameters
+        except asyncio.CancelledError:  # By close(), or by the client's leaving.
+            self.check_open()
+            raise
+        finally:
+            self._readers.discard(task)
+            self.touch()
 
     async def set_parameters(self, values: Mapping[int, Tensor]) -> None:
         """Set values of parameters, by position, between two steps."""
-        await self._exclusive(lambda: self.session.set_parameters(values))
+        self.touch()
+        await self.work.run_alone(lambda: self.session.set_parameters(values), self.check_open)
+        self._publish()
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[Session]:
         """Hold the session still, between two steps, for a change that takes no time."""
-        self.check_open()
-        self.used_s = self._surroundings.clock()
-        async with self._lock.exclusive():
+        self.touch()
+        async with self.work.lock.exclusive():
             self.check_open()
             yield self.session
+            self._publish()
 
     async def evaluate(
         self, split: Split, predictions: Tensor, targets: Tensor, *, with_gradient: bool
     ) -> LossOutcome:
         """Compute the loss, beside whatever else goes on; see Session.evaluate."""
         self.check_open()
-        self.used_s = self._surroundings.clock()
+        self.touch()
         session = self.session
-        outcome = await self.run(
+        outcome = await self.work.run(
             lambda: session.evaluate(predictions, targets, with_gradient=with_gradient)
         )
-        session.record(split, outcome, self._surroundings.clock())
+        session.history.add(
+            split,
+            steps=self.view.steps,
+            epochs=self.view.epochs,
+            loss=outcome.loss,
+            accuracy=outcome.accuracy,
+            time_s=self._surroundings.clock(),
+        )
         self._surroundings.observer.loss_evaluated(
             LossEvaluated(
                 session_id=self.session_id,
@@ -268,35 +238,29 @@ class SessionActor:
         )
         return outcome
 
-    async def run(self, work: Callable[[], _T]) -> _T:
-        """Run ``work`` off the event loop. If the call is cancelled it goes on unseen."""
-        return await asyncio.get_running_loop().run_in_executor(self._surroundings.executor, work)
+    def touch(self) -> None:
+        """Note that the session is in use."""
+        self._used_s = self._surroundings.monotonic()
 
     def drain(self) -> None:
         """End the calls that rest between two steps; the others end by themselves after theirs."""
         self._draining = True
-        coming = False
-        for worker, attachment in self._attached.items():
+        for attachment in self._attached.values():
             if attachment.resting:
                 attachment.task.cancel()
-            else:
-                coming |= not self._round.has(worker)
-        open_ = self._round.missing and not self._round.done.done()
-        if open_ and not coming:  # Nobody is left to complete the round.
-            self._round.done.set_exception(draining_error())
+        self._abandon_hopeless_round()
 
     async def close(self) -> None:
         """End every call that goes on in the session, and wait until nothing touches it."""
         self.closed = True
-        if self._round.missing and not self._round.done.done():
-            self._round.done.set_exception(
-                SessionDeletedError(f"session {self.session_id} was deleted")
-            )
-        for attachment in self._attached.values():
-            if attachment.task is not asyncio.current_task():
-                attachment.task.cancel()
-        async with self._lock.exclusive():
-            self._staging = []
+        self._rounds.abandon(self._deleted())
+        for task in {attachment.task for attachment in self._attached.values()} | self._readers:
+            task.cancel()
+        await to_its_end(self.work.spawn(self._forget()))
+
+    async def _forget(self) -> None:
+        async with self.work.lock.exclusive():
+            self._rounds.forget()
 
     def _position_of(self, tensor: TensorSpec, field: str) -> int:
         position = self._positions.get(tensor.name)
@@ -307,63 +271,16 @@ class SessionActor:
                 expected="a parameter of the session",
                 actual=tensor.name,
             )
-        check_fits(tensor, self.session.spec.parameters[position], field)
+        check_fits(tensor, self.spec.parameters[position], field)
         return position
 
-    def _staged(self, worker: int, position: int) -> Tensor:
-        """Return the worker's buffer for a gradient.
-
-        Made at its first step, reserved since the session was created.
-        """
-        staging = self._staging[worker]
-        if position not in staging:
-            staging[position] = self._surroundings.device.staging(
-                self.session.spec.parameters[position]
-            )
-        return staging[position]
-
-    async def _join_round(self, contribution: Contribution) -> Round:
-        """Add a contribution to the open round; start the step if it was the last one missing."""
-        session, gradients = self.session, contribution.gradients
-        if (
-            session.spec.workers > 1
-        ):  # A bad gradient is the mistake of the worker that brings it, and of no other.
-            await self.run(lambda: session.check_finite(gradients, norm_of(gradients)))
-            self.check_open()
-        round_ = self._round
-        round_.add(contribution.worker, gradients)
-        if not round_.missing:
-            self._spawn(self._apply(round_))
-        return round_
-
-    async def _apply(self, round_: Round) -> None:
-        """Apply a complete round, and tell everybody who waits for it.
-
-        Belongs to no call: none can cancel it.
-        """
-        observer = self._surroundings.observer
-        async with self._lock.exclusive():
-            started = time.perf_counter()
-            for arrival in round_.arrivals:
-                observer.phase_ended(Phase.QUEUE, started - arrival)
-            try:
-                self.check_open()
-                outcome = await self.run(
-                    lambda: self.session.step(round_.mean(self._surroundings.device))
-                )
-            except Exception as error:  # noqa: BLE001 - Whatever it is belongs to those who wait.
-                self._round = Round(self.session.spec.workers, step=round_.step)
-                round_.done.set_exception(error)
-                return
-            observer.phase_ended(Phase.APPLY, time.perf_counter() - started)
-        self._outcome = outcome
-        self._round = Round(self.session.spec.workers, step=round_.step + 1)
-        self.stepped_s = self.used_s = self._surroundings.clock()
-        round_.done.set_result(outcome)
-        observer.step_applied(
+    def _stepped(self, outcome: StepOutcome) -> None:
+        self.touch()
+        self.stepped_s = self._surroundings.clock()
+        self._surroundings.observer.step_applied(
             StepApplied(
                 session_id=self.session_id,
-                optimizer=self.session.spec.optimizer.kind,
+                optimizer=self.spec.optimizer.kind,
                 step=outcome.step,
                 rates=outcome.rates,
                 gradient_norm=outcome.gradient_norm,
@@ -371,25 +288,24 @@ class SessionActor:
             )
         )
 
-    async def _exclusive(self, work: Callable[[], _T]) -> _T:
-        """Run ``work`` alone, to its end even if the call that asked for it is cancelled."""
-        self.check_open()
-        self.used_s = self._surroundings.clock()
+    def _publish(self) -> None:
+        """Show where the session stands now, between two steps."""
+        self.view = self.session.view()
 
-        async def locked() -> _T:
-            async with self._lock.exclusive():
-                self.check_open()
-                return await self.run(work)
+    def _abandon_hopeless_round(self) -> None:
+        """While draining, let those go who wait for a worker that will not come any more."""
+        coming = any(
+            not attachment.resting and not self._rounds.has(worker)
+            for worker, attachment in self._attached.items()
+        )
+        if not coming:
+            self._rounds.abandon(draining_error())
 
-        return await asyncio.shield(self._spawn(locked()))
+    def _deleted(self) -> SessionDeletedError:
+        return SessionDeletedError(f"session {self.session_id} was deleted")
 
-    def _spawn(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)  # asyncio itself keeps only a weak reference.
-        task.add_done_callback(self._forget)
-        return task
 
-    def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # Looked at, or asyncio complains when the call that waited has gone.
+def _current_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task

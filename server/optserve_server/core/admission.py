@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from optserve_server.core.errors import LimitExceededError, MemoryExhaustedError
 from optserve_server.core.events import Observer
 from optserve_server.core.limits import Limits
@@ -19,7 +21,7 @@ _RETRY_AFTER_S = (
 )
 
 
-def session_bytes(spec: SessionSpec) -> int:
+def session_bytes(spec: SessionSpec, device: torch.device) -> int:
     """Return how much memory a session takes at most.
 
     Parameters, optimizer state, gradients, and torch's temporaries.
@@ -28,11 +30,11 @@ def session_bytes(spec: SessionSpec) -> int:
         InvalidHyperparameterError: torch does not take the hyperparameters of a group.
     """
     kind = OPTIMIZERS[spec.optimizer.kind]
-    total = temporary = 0
+    total = temporary_bytes = 0
     for group in spec.groups:
         parameters = [spec.parameters[i] for i in group.parameters]
         state_bytes = {
-            dtype: rehearse(kind, dtype, group.hyperparameters)
+            dtype: rehearse(kind, dtype, device, group.hyperparameters)
             for dtype in {parameter.dtype for parameter in parameters}
         }
         for parameter in parameters:
@@ -41,8 +43,12 @@ def session_bytes(spec: SessionSpec) -> int:
             total += parameter.byte_count * (1 + spec.workers)
             total += parameter.element_count * state_bytes[parameter.dtype]
             total += _PARAMETER_OVERHEAD_BYTES
-            temporary = max(temporary, parameter.byte_count)  # Where there is no fused kernel.
-    return total + temporary
+        if not group.hyperparameters.get("fused"):
+            sizes = [parameter.byte_count for parameter in parameters]
+            # One tensor after the other, or all of them together.
+            together = group.hyperparameters.get("foreach", device.type == "cuda")
+            temporary_bytes = max(temporary_bytes, sum(sizes) if together else max(sizes))
+    return total + temporary_bytes
 
 
 class Budget:

@@ -48,15 +48,31 @@ class LossHistory:
         }
         self._counts = dict.fromkeys(_SPLITS, 0)
 
-    @property
-    def next_sequence(self) -> int:
-        """Number of the next point."""
-        return sum(self._counts.values()) + 1
-
-    def add(self, point: LossPoint) -> None:
-        """Keep a point, and let the oldest of its split go if there are too many."""
-        self._points[point.split].append(point)
-        self._counts[point.split] += 1
+    def add(
+        self,
+        split: Split,
+        *,
+        steps: int,
+        epochs: int,
+        loss: float,
+        accuracy: float | None,
+        time_s: float,
+    ) -> None:
+        """Keep an evaluation, unless its split is NONE; let the oldest go if there are too many."""
+        if split is Split.NONE:
+            return
+        self._counts[split] += 1
+        self._points[split].append(
+            LossPoint(
+                sequence=sum(self._counts.values()),
+                split=split,
+                steps=steps,
+                epochs=epochs,
+                loss=loss,
+                accuracy=accuracy,
+                time_s=time_s,
+            )
+        )
 
     def page(self, split: Split, *, after: int, count: int) -> LossPage:
         """Return up to ``count`` points with numbers above ``after``, in order.

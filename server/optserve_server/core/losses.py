@@ -15,6 +15,7 @@ from torch import Tensor
 from optserve_server.core.errors import (
     DataTypeMismatchError,
     InvalidFieldError,
+    MemoryExhaustedError,
     ShapeMismatchError,
     TargetOutOfRangeError,
 )
@@ -22,7 +23,6 @@ from optserve_server.core.spec import Choice, Value
 from optserve_server.core.tensors import dtype_name
 
 _NOT_OFFERED = {"size_average", "reduce"}  # Deprecated: `reduction` says it all.
-_CLASS_DTYPES = (torch.int64, torch.uint8)  # What torch takes as class indices.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,11 +140,14 @@ class LossFunction:
     def _forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         try:
             values: Tensor = self._module(inputs, targets.to(self._device))
-        except (
-            RuntimeError,
-            ValueError,
-            IndexError,
-        ):  # What the checks do not foresee: torch has no kernel for it.
+        except torch.OutOfMemoryError:
+            raise MemoryExhaustedError(
+                "the device has no memory left for the evaluation; send less at once",
+                field="predictions",
+                retry_after_s=5.0,
+            ) from None
+        except (RuntimeError, ValueError, IndexError):
+            # What the checks do not foresee: torch has no kernel for it.
             raise InvalidFieldError(
                 f"{self._kind.name} takes no predictions of shape {tuple(inputs.shape)} and"
                 f" {dtype_name(inputs.dtype)} with targets of shape {tuple(targets.shape)} and"
@@ -156,7 +159,7 @@ class LossFunction:
 
 def _check_classes(module: torch.nn.Module, predictions: Tensor, targets: Tensor) -> None:
     """Predictions (N, C, …) or (C) with class indices (N, …) or a scalar."""
-    if targets.dtype not in _CLASS_DTYPES:
+    if targets.dtype != torch.int64:
         raise DataTypeMismatchError(
             f"targets are {dtype_name(targets.dtype)}; class indices are INT64",
             field="targets.data_type",

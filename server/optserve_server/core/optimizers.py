@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,33 @@ _PROBE_ELEMENTS = (
 )
 
 
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+
+
+def _step_sgd(optimizer: torch.optim.Optimizer) -> None:
+    """Step the parameters whose first gradient this is after the others.
+
+    torch's fused SGD breaks off when some parameters of a group have a momentum already and others
+    have not. Each parameter stands for itself, so the order does not matter.
+    """
+    late: dict[Tensor, Tensor] = {}
+    for group in optimizer.param_groups:
+        if group["momentum"]:
+            present = [each for each in group["params"] if each.grad is not None]
+            new = [each for each in present if not optimizer.state.get(each)]
+            if len(new) < len(present):
+                late |= {each: each.grad for each in new}
+    for parameter in late:
+        parameter.grad = None
+    optimizer.step()
+    if late:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = late.get(parameter)
+        optimizer.step()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerKind:
     """One of torch's optimizers."""
@@ -39,6 +66,9 @@ class OptimizerKind:
         *(torch.float32, torch.float64),
     )
     """Data types of which torch's fused update, if there is one, is right."""
+
+    step: Callable[[torch.optim.Optimizer], None] = _step
+    """Step the parameters that have a gradient."""
 
     @property
     def name(self) -> str:
@@ -63,7 +93,11 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     for kind in (
         # On the CPU the fused update misses by more than the step where a tensor of 16-bit floats
         # fills a vector register: seen in torch 2.13.
-        OptimizerKind(torch_class=torch.optim.SGD, fused_dtypes=(torch.float32, torch.float64)),
+        OptimizerKind(
+            torch_class=torch.optim.SGD,
+            fused_dtypes=(torch.float32, torch.float64),
+            step=_step_sgd,
+        ),
         OptimizerKind(torch_class=torch.optim.Adam),
         OptimizerKind(torch_class=torch.optim.AdamW),
         OptimizerKind(torch_class=torch.optim.RMSprop),
@@ -108,31 +142,10 @@ def build(
         raise _refused(kind, error) from None
 
 
-def step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
-    """Step the parameters that have a gradient; their gradients are consumed.
-
-    torch's fused SGD breaks off when some of them have a momentum already and others get their
-    first gradient. Each parameter stands for itself, so the newcomers may step after the others.
-    """
-    late: dict[Tensor, Tensor | None] = {}
-    if isinstance(optimizer, torch.optim.SGD):
-        present = [parameter for parameter in parameters if parameter.grad is not None]
-        new = [parameter for parameter in present if not optimizer.state.get(parameter)]
-        late = {each: each.grad for each in new} if len(new) < len(present) else {}
-    for parameter in late:
-        parameter.grad = None
-    optimizer.step()
-    if late:
-        for parameter in parameters:
-            parameter.grad = late.get(parameter)
-        optimizer.step()
-    for parameter in parameters:
-        parameter.grad = None
-
-
 def rehearse(
     kind: OptimizerKind,
     dtype: torch.dtype,
+    device: torch.device,
     old: Mapping[str, Value],
     new: Mapping[str, Value] | None = None,
 ) -> int:
@@ -144,6 +157,7 @@ def rehearse(
     Args:
         kind: The optimizer.
         dtype: Of the parameter.
+        device: Of the parameter.
         old: Every hyperparameter in force.
         new: Every hyperparameter after a change.
 
@@ -161,7 +175,7 @@ def rehearse(
                 expected="fused unset or false",
                 actual="fused = true",
             )
-    parameter = torch.zeros(_PROBE_ELEMENTS, dtype=dtype)
+    parameter = torch.zeros(_PROBE_ELEMENTS, dtype=dtype, device=device)
     parameter.grad = torch.zeros_like(parameter)
     optimizer = build(kind, [([parameter], old)])
     optimizer.step()

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from optserve_server.core.actor import SessionActor, Surroundings
 from optserve_server.core.admission import Budget, session_bytes
+from optserve_server.core.device import Device
 from optserve_server.core.errors import SessionNotFoundError, TooManyError, draining_error
 from optserve_server.core.events import SessionOpened
 from optserve_server.core.limits import Limits
 from optserve_server.core.session import Session
 from optserve_server.core.spec import SessionSpec
+from optserve_server.core.work import to_its_end
+
+_T = TypeVar("_T")
 
 _ID_BYTES = 16  # 128 random bits: not to be guessed.
 _RETRY_AFTER_S = 5.0
@@ -134,32 +140,46 @@ class SessionRegistry:
         actor = self.find(session_id)
         del self._actors[session_id]
         del self._order[session_id]
-        await actor.close()
-        self.budget.release(actor.reserved_bytes)
-        self.surroundings.observer.session_closed(actor.opened)
+        await to_its_end(actor.work.spawn(self._close(actor)))
         return actor
 
     async def expire_idle(self, idle_timeout_s: float) -> list[str]:
         """Delete the sessions that nobody has used for so long, and return their ids."""
-        expired_s = self.surroundings.clock() - idle_timeout_s
-        ids = [
-            id_ for id_, actor in self._actors.items() if actor.idle and actor.used_s < expired_s
-        ]
-        for session_id in ids:
-            await self.delete(session_id)
-        return ids
+        expired = []
+        for session_id in list(self._actors):
+            actor = self._actors.get(session_id)  # Others come and go while one is being deleted.
+            if actor is not None and actor.idle_s() > idle_timeout_s:
+                await self.delete(session_id)
+                expired.append(session_id)
+        return expired
+
+    async def _close(self, actor: SessionActor) -> None:
+        try:
+            await actor.close()
+        finally:
+            self.budget.release(actor.reserved_bytes)
+            self.surroundings.observer.session_closed(actor.opened)
 
     async def _build(self, spec: SessionSpec) -> tuple[Session, int]:
         """Reserve a session's memory, and take it; return how much that is beside the session."""
-        loop, surroundings = asyncio.get_running_loop(), self.surroundings
-        count = await loop.run_in_executor(surroundings.executor, session_bytes, spec)
+        surroundings = self.surroundings
+        count = await self._run(lambda: self._measure(spec))
         self.budget.check_session(count)
         self.budget.reserve(count, what="the session", field="spec.parameters")
         try:
-            session = await loop.run_in_executor(
-                surroundings.executor, Session, spec, surroundings.device, self.limits
-            )
+            session = await self._run(lambda: Session(spec, surroundings.device, self.limits))
         except BaseException:
             self.budget.release(count)
             raise
         return session, count
+
+    def _measure(self, spec: SessionSpec) -> int:
+        """Return how much memory a session will take, after a look at everything else about it."""
+        parameters = tuple(dataclasses.replace(each, shape=(0,)) for each in spec.parameters)
+        Session(dataclasses.replace(spec, parameters=parameters), Device("cpu"), self.limits)
+        return session_bytes(spec, self.surroundings.device.torch)
+
+    async def _run(self, work: Callable[[], _T]) -> _T:
+        """Run ``work`` in a thread, to its end even if the call that asked for it is cancelled."""
+        loop = asyncio.get_running_loop()
+        return await to_its_end(loop.run_in_executor(self.surroundings.executor, work))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from optserve_server.core.device import Device
+from optserve_server.core.errors import OptserveError
 from optserve_server.core.session import StepOutcome
 
 
@@ -18,26 +18,38 @@ class Round:
 
     def __init__(self, workers: int, step: int) -> None:
         """Wait for ``workers`` contributions to ``step``. Made on the event loop."""
+        loop = asyncio.get_running_loop()
         self.step = step
         self._gradients: list[Sequence[Tensor | None] | None] = [None] * workers
-        self.arrivals: list[float] = []
-        """When each contribution came, by time.perf_counter()."""
-        self.done: asyncio.Future[StepOutcome] = asyncio.get_running_loop().create_future()
+        self.arrivals_s: list[float] = []
+        """When each contribution came."""
+        self.closed: asyncio.Future[None] = loop.create_future()
+        """Done when no contribution is waited for any more: all are there, or it was abandoned."""
+        self.done: asyncio.Future[StepOutcome] = loop.create_future()
+        """What the step did, or why it was not made."""
         self.done.add_done_callback(_retrieve)
 
     def has(self, worker: int) -> bool:
         """Return whether the worker has contributed."""
         return self._gradients[worker] is not None
 
-    def add(self, worker: int, gradients: Sequence[Tensor | None]) -> None:
-        """Take a worker's gradients, which stay as they are until the round is done."""
-        self._gradients[worker] = gradients
-        self.arrivals.append(time.perf_counter())
-
     @property
     def missing(self) -> list[int]:
         """Workers that have not contributed."""
         return [worker for worker, gradients in enumerate(self._gradients) if gradients is None]
+
+    def add(self, worker: int, gradients: Sequence[Tensor | None], time_s: float) -> None:
+        """Take a worker's gradients, which stay as they are until the round is done."""
+        self._gradients[worker] = gradients
+        self.arrivals_s.append(time_s)
+        if not self.missing:
+            self.closed.set_result(None)
+
+    def abandon(self, error: OptserveError) -> None:
+        """Tell those who wait that there will be no step, unless all have contributed already."""
+        if not self.closed.done():
+            self.closed.set_result(None)
+            self.done.set_exception(error)
 
     def mean(self, device: Device) -> list[Tensor | None]:
         """Return the mean of the contributions, on the device; consumes them.
@@ -82,6 +94,6 @@ def _mean(gradients: Sequence[Tensor | None], workers: int, device: Device) -> T
 
 
 def _retrieve(done: asyncio.Future[StepOutcome]) -> None:
-    """Look at the outcome, so that asyncio does not complain when every waiting worker has gone."""
+    """Look at the outcome, so that asyncio does not complain when every worker has gone."""
     if not done.cancelled():
         done.exception()

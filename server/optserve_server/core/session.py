@@ -7,7 +7,6 @@ Not safe for concurrent use: SessionActor lets one writer in at a time.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +25,12 @@ from optserve_server.core.errors import (
     ParametersNotSetError,
     SessionFailedError,
 )
-from optserve_server.core.history import LossHistory, LossPoint
+from optserve_server.core.history import LossHistory
 from optserve_server.core.limits import Limits
 from optserve_server.core.losses import LossFunction, LossOutcome
 from optserve_server.core.optimizers import OPTIMIZERS
 from optserve_server.core.schedulers import Schedule
-from optserve_server.core.spec import Choice, ScheduleUnit, SessionSpec, Split, Value
+from optserve_server.core.spec import ScheduleUnit, SessionSpec
 
 _NAMED_MAX = 5  # How many names a message lists.
 _NORM_DTYPES = {
@@ -55,16 +54,19 @@ class StepOutcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SessionChange:
-    """What to change in a running session; None leaves it."""
+class SessionView:
+    """Where a session stands between two steps."""
 
-    hyperparameters: Sequence[Mapping[str, Value]]
-    """For each group: every hyperparameter in force after the change."""
-    rates_set: Sequence[bool]
-    """For each group: whether the change sets its learning rate."""
-    loss: Choice | None
-    allow_non_finite: bool | None
-    display_name: str | None
+    steps: int
+    """How many steps have been applied."""
+    epochs: int
+    """How many epochs have been ended."""
+    rates: Mapping[str, float]
+    """Learning rate that the next step will use, by group."""
+    ready: bool
+    """Whether every parameter has a value."""
+    failed: bool
+    """Whether a step failed half way."""
 
 
 def norm_of(gradients: Sequence[Tensor | None]) -> float:
@@ -98,7 +100,8 @@ class Session:
             ([self._parameters[i] for i in group.parameters], group.hyperparameters)
             for group in spec.groups
         ]
-        self._optimizer = optimizers.build(OPTIMIZERS[spec.optimizer.kind], groups)
+        self._kind = OPTIMIZERS[spec.optimizer.kind]
+        self._optimizer = optimizers.build(self._kind, groups)
         self._schedule = (
             Schedule(spec.scheduler, self._optimizer, limits) if spec.scheduler else None
         )
@@ -115,15 +118,20 @@ class Session:
         return self.last_outcome.step if self.last_outcome else 0
 
     @property
-    def ready(self) -> bool:
-        """Whether every parameter has a value."""
-        return not self._unset
-
-    @property
     def rates(self) -> dict[str, float]:
         """Learning rate that the next step will use, by group."""
         groups = zip(self.spec.groups, self._optimizer.param_groups, strict=True)
         return {group.name: float(torch_group["lr"]) for group, torch_group in groups}
+
+    def view(self) -> SessionView:
+        """Return where the session stands; not while a step is being applied."""
+        return SessionView(
+            steps=self.steps,
+            epochs=self.epochs,
+            rates=self.rates,
+            ready=not self._unset,
+            failed=self.failed,
+        )
 
     @property
     def parameters(self) -> Sequence[Tensor]:
@@ -257,43 +265,29 @@ class Session:
         self.epochs = epoch
         self._epoch_steps = 0
 
-    def change(self, change: SessionChange) -> None:
+    def change(self, spec: SessionSpec, rates_set: Sequence[bool]) -> None:
         """Change what may change while the session runs.
 
+        Args:
+            spec: What is to be in force. Differs from the present spec in hyperparameters, loss,
+                policy and name only; rehearsed by the caller.
+            rates_set: For each group, whether its ``lr`` is what the next step shall use.
+
         Raises:
-            CallerError: torch does not take it. Nothing was changed.
+            CallerError: torch does not take the loss. Nothing was changed.
         """
-        loss = LossFunction(change.loss, self._device.torch) if change.loss else self._loss
-        groups = tuple(
-            dataclasses.replace(group, hyperparameters=values)
-            for group, values in zip(self.spec.groups, change.hyperparameters, strict=True)
-        )
-        for position, (values, rate_set) in enumerate(
-            zip(change.hyperparameters, change.rates_set, strict=True)
-        ):
-            rate = values["lr"]
-            self._optimizer.param_groups[position].update(
-                {name: value for name, value in values.items() if name != "lr"}
-            )
+        if spec.loss is not self.spec.loss:
+            self._loss = LossFunction(spec.loss, self._device.torch) if spec.loss else None
+        torch_groups = self._optimizer.param_groups
+        for position, (group, rate_set) in enumerate(zip(spec.groups, rates_set, strict=True)):
+            values = dict(group.hyperparameters)
+            rate: float = values.pop("lr")  # type: ignore[assignment]
+            torch_groups[position].update(values)
             if rate_set and self._schedule:
-                self._schedule.rebase(position, float(rate))  # type: ignore[arg-type]
+                self._schedule.rebase(position, rate)
             elif rate_set:
-                self._optimizer.param_groups[position]["lr"] = rate
-        self._loss = loss
-        non_finite = (
-            self.spec.allow_non_finite
-            if change.allow_non_finite is None
-            else change.allow_non_finite
-        )
-        self.spec = dataclasses.replace(
-            self.spec,
-            groups=groups,
-            loss=change.loss or self.spec.loss,
-            allow_non_finite=non_finite,
-            display_name=self.spec.display_name
-            if change.display_name is None
-            else change.display_name,
-        )
+                torch_groups[position]["lr"] = rate
+        self.spec = spec
 
     def evaluate(self, predictions: Tensor, targets: Tensor, *, with_gradient: bool) -> LossOutcome:
         """Compute the loss; changes nothing. See LossFunction.evaluate.
@@ -307,26 +301,12 @@ class Session:
             )
         return self._loss.evaluate(predictions, targets, with_gradient=with_gradient)
 
-    def record(self, split: Split, outcome: LossOutcome, time_s: float) -> None:
-        """Keep an evaluation in the history, unless its split is NONE."""
-        if split is not Split.NONE:
-            self.history.add(
-                LossPoint(
-                    sequence=self.history.next_sequence,
-                    split=split,
-                    steps=self.steps,
-                    epochs=self.epochs,
-                    loss=outcome.loss,
-                    accuracy=outcome.accuracy,
-                    time_s=time_s,
-                )
-            )
-
     def _apply(self, gradients: Sequence[Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
-        optimizers.step(self._optimizer, self._parameters)
+        self._kind.step(self._optimizer)
         for parameter, mirror in zip(self._parameters, self._mirrors, strict=True):
+            parameter.grad = None
             if mirror is not parameter:
                 mirror.copy_(parameter, non_blocking=True)
         self._device.synchronize()

@@ -3,64 +3,98 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
 
 from optserve.v1.optimizer_service_pb2 import UpdateSessionRequest
+from optserve_server.core.actor import SessionActor
 from optserve_server.core.admission import session_bytes
 from optserve_server.core.errors import InvalidFieldError, UnknownNameError
 from optserve_server.core.limits import Limits
 from optserve_server.core.optimizers import OPTIMIZERS, rehearse
-from optserve_server.core.session import Session, SessionChange
-from optserve_server.core.spec import GroupSpec, SessionSpec, Value
-from optserve_server.rpc import decode, decode_spec
+from optserve_server.core.registry import SessionRegistry
+from optserve_server.core.session import Session
+from optserve_server.core.spec import Choice, GroupSpec, SessionSpec, Value
+from optserve_server.rpc import decode, decode_spec, encode
 
 
-def plan(
-    request: UpdateSessionRequest, session: Session, limits: Limits
-) -> tuple[SessionChange, int]:
-    """Decode a change and rehearse it; return it, and how many bytes the session will need.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What is to be in force after a change."""
+
+    spec: SessionSpec
+    rates_set: Sequence[bool]
+    """For each group: whether the change sets its learning rate."""
+    reserved_bytes: int
+    """How much memory the session will need."""
+
+
+async def update(request: UpdateSessionRequest, registry: SessionRegistry) -> SessionActor:
+    """Change a running session between two steps; return it.
 
     Raises:
-        OptserveError: Something in it is not allowed, or torch keeps no state for it. Nothing was
-            changed.
+        OptserveError: Something in the request is not allowed, torch keeps no state for it, or
+            there is no memory for it. Nothing was changed.
     """
-    change = _session_change(request, session, limits)
+    limits, device = registry.limits, registry.surroundings.device.torch
+    actor = registry.find(request.session_id)
+    async with actor.writing() as session:
+        plan = await actor.work.run(lambda: _plan(request, session, device, limits))
+        encode.check_fits(plan.spec, limits)
+        with registry.resized(actor, plan.reserved_bytes):
+            session.change(plan.spec, plan.rates_set)
+    return actor
+
+
+def _plan(
+    request: UpdateSessionRequest, session: Session, device: torch.device, limits: Limits
+) -> _Plan:
+    """Decode a change, and rehearse it."""
+    old = session.spec
+    kind = OPTIMIZERS[old.optimizer.kind]
+    common = decode_spec.overrides(request.optimizer, kind.name, "optimizer", limits)
+    own = [_own(request, common, group, old, limits) for group in old.groups]
     groups = tuple(
-        dataclasses.replace(group, hyperparameters=values)
-        for group, values in zip(session.spec.groups, change.hyperparameters, strict=True)
+        dataclasses.replace(group, hyperparameters={**group.hyperparameters, **values})
+        for group, values in zip(old.groups, own, strict=True)
     )
-    return change, session_bytes(dataclasses.replace(session.spec, groups=groups))
-
-
-def _session_change(
-    request: UpdateSessionRequest, session: Session, limits: Limits
-) -> SessionChange:
-    own = [_own(request, group, session.spec, limits) for group in session.spec.groups]
-    changed = [
-        {**group.hyperparameters, **values}
-        for group, values in zip(session.spec.groups, own, strict=True)
-    ]
-    for group, values in zip(session.spec.groups, changed, strict=True):
-        _rehearse(session, group, values)
-    return SessionChange(
-        hyperparameters=changed,
-        rates_set=["lr" in values for values in own],
-        loss=decode_spec.choice(request.loss, "loss", limits) if request.HasField("loss") else None,
-        allow_non_finite=decode.non_finite(request.non_finite),
+    for before, after in zip(old.groups, groups, strict=True):
+        _rehearse(session, device, before, after)
+    loss = old.loss
+    if request.HasField("loss"):
+        loss = decode_spec.choice(request.loss, "loss", limits)
+    policy = decode.non_finite(request.non_finite)
+    spec = dataclasses.replace(
+        old,
+        optimizer=Choice(kind=kind.name, arguments={**old.optimizer.arguments, **common}),
+        groups=groups,
+        loss=loss,
+        allow_non_finite=old.allow_non_finite if policy is None else policy,
         display_name=(
             decode.display_name(request.display_name, limits)
             if request.HasField("display_name")
-            else None
+            else old.display_name
         ),
+    )
+    return _Plan(
+        spec=spec,
+        rates_set=["lr" in values for values in own],
+        reserved_bytes=session_bytes(spec, device),
     )
 
 
 def _own(
-    request: UpdateSessionRequest, group: GroupSpec, spec: SessionSpec, limits: Limits
+    request: UpdateSessionRequest,
+    common: Mapping[str, Value],
+    group: GroupSpec,
+    spec: SessionSpec,
+    limits: Limits,
 ) -> Mapping[str, Value]:
     """Return the hyperparameters that the request changes in a group."""
     kind = OPTIMIZERS[spec.optimizer.kind]
-    own = dict(decode_spec.overrides(request.optimizer, kind.name, "optimizer", limits))
+    own = dict(common)
     names = {each.name for each in spec.groups}
     for i, message in enumerate(request.groups):
         if message.name not in names:
@@ -82,12 +116,12 @@ def _own(
     return own
 
 
-def _rehearse(session: Session, group: GroupSpec, values: Mapping[str, Value]) -> None:
-    if values == group.hyperparameters:
+def _rehearse(session: Session, device: torch.device, old: GroupSpec, new: GroupSpec) -> None:
+    if new.hyperparameters == old.hyperparameters:
         return
     kind = OPTIMIZERS[session.spec.optimizer.kind]
-    dtype = session.spec.parameters[group.parameters[0]].dtype
-    if session.steps:
-        rehearse(kind, dtype, group.hyperparameters, values)
-    else:
-        rehearse(kind, dtype, values)
+    for dtype in {session.spec.parameters[i].dtype for i in old.parameters}:
+        if session.steps:
+            rehearse(kind, dtype, device, old.hyperparameters, new.hyperparameters)
+        else:
+            rehearse(kind, dtype, device, new.hyperparameters)

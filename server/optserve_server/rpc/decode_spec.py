@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 from torch import Tensor
 
 from optserve.v1 import loss_pb2, optimizer_pb2, scheduler_pb2, session_pb2, tensor_pb2
+from optserve.v1.optimizer_service_pb2 import CreateSessionRequest
 from optserve_server.core import optimizers, schedulers
 from optserve_server.core.errors import (
     InvalidFieldError,
@@ -38,6 +39,26 @@ _UNITS: Mapping[int, ScheduleUnit] = {
     scheduler_pb2.SCHEDULE_UNIT_STEPS: ScheduleUnit.STEPS,
     scheduler_pb2.SCHEDULE_UNIT_EPOCHS: ScheduleUnit.EPOCHS,
 }
+
+
+def check_counts(request: CreateSessionRequest, limits: Limits) -> None:
+    """Make sure that a request is worth a closer look, before it takes time for each element.
+
+    Raises:
+        LimitExceededError: There is more of something in it than a session may have.
+    """
+    for field, count, most in (
+        ("spec.parameters", len(request.spec.parameters), limits.parameters_max),
+        ("spec.groups", len(request.spec.groups), limits.groups_max),
+        ("values", len(request.values), limits.parameters_max),
+    ):
+        if count > most:
+            raise LimitExceededError(
+                f"{field} has {count} elements; {most} are allowed",
+                field=field,
+                expected=f"at most {most}",
+                actual=count,
+            )
 
 
 def session_spec(message: session_pb2.SessionSpec, limits: Limits) -> SessionSpec:

@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from torch import Tensor
 
+from optserve.limits import MESSAGE_HEADROOM_BYTES
 from optserve.v1 import (
     loss_pb2,
     optimizer_pb2,
@@ -19,7 +20,9 @@ from optserve.v1 import (
 )
 from optserve_server.core import losses
 from optserve_server.core.actor import SessionActor
+from optserve_server.core.errors import LimitExceededError
 from optserve_server.core.history import LossPoint
+from optserve_server.core.limits import Limits
 from optserve_server.core.losses import LossOutcome
 from optserve_server.core.session import StepOutcome
 from optserve_server.core.spec import Choice, ScheduleUnit, SessionSpec, Split, Value
@@ -41,24 +44,24 @@ _UNITS: Mapping[ScheduleUnit, scheduler_pb2.ScheduleUnit.ValueType] = {
 
 def session(actor: SessionActor) -> session_pb2.Session:
     """Encode a session in full."""
-    return session_pb2.Session(status=session_status(actor), spec=session_spec(actor.session.spec))
+    return session_pb2.Session(status=session_status(actor), spec=session_spec(actor.spec))
 
 
 def session_status(actor: SessionActor) -> session_pb2.SessionStatus:
     """Encode where a session stands."""
-    session, spec = actor.session, actor.session.spec
-    state = (
-        session_pb2.SESSION_STATE_READY
-        if session.ready
-        else session_pb2.SESSION_STATE_AWAITING_PARAMETERS
-    )
+    view, spec = actor.view, actor.spec
+    state = session_pb2.SESSION_STATE_AWAITING_PARAMETERS
+    if view.ready:
+        state = session_pb2.SESSION_STATE_READY
+    if view.failed:
+        state = session_pb2.SESSION_STATE_FAILED
     return session_pb2.SessionStatus(
         session_id=actor.session_id,
         display_name=spec.display_name,
-        state=session_pb2.SESSION_STATE_FAILED if session.failed else state,
-        steps=session.steps,
-        epochs=session.epochs,
-        rates=group_rates(session.rates),
+        state=state,
+        steps=view.steps,
+        epochs=view.epochs,
+        rates=group_rates(view.rates),
         optimizer=spec.optimizer.kind,
         workers=spec.workers,
         parameter_count=sum(parameter.element_count for parameter in spec.parameters),
@@ -102,6 +105,23 @@ def session_spec(spec: SessionSpec) -> session_pb2.SessionSpec:
             loss_points_max=spec.loss_points_max, round_timeout_s=spec.round_timeout_s
         ),
     )
+
+
+def check_fits(spec: SessionSpec, limits: Limits) -> None:
+    """Make sure that a session can be answered with in one message: it names a parameter twice.
+
+    Raises:
+        LimitExceededError: It cannot.
+    """
+    count, most = session_spec(spec).ByteSize(), limits.message_bytes_max - MESSAGE_HEADROOM_BYTES
+    if count > most:
+        raise LimitExceededError(
+            f"the session's spec has {count} bytes as a message; {most} are allowed:"
+            " use fewer parameters, shorter names, or a smaller weight",
+            field="spec",
+            expected=f"at most {most} bytes",
+            actual=f"{count} bytes",
+        )
 
 
 def choice(message: _Oneof, chosen: Choice) -> _Oneof:

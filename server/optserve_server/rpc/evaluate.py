@@ -63,7 +63,7 @@ async def evaluate(
             Direction.SENT, sum(each.nbytes for each in tensors.values())
         )
         return pb.EvaluateLossResponse(
-            result=encode.loss_result(outcome, actor.session.steps),
+            result=encode.loss_result(outcome, actor.view.steps),
             **{name: encode.tensor(name, tensor) for name, tensor in tensors.items()},
         )
 
@@ -106,7 +106,7 @@ async def evaluate_stream(
         outcome = await _evaluate(actor, begin, received[0], received[1], registry)
         tensors = _tensors(outcome)
         evaluated = pb.LossEvaluated(
-            result=encode.loss_result(outcome, actor.session.steps),
+            result=encode.loss_result(outcome, actor.view.steps),
             tensors=[
                 encode.tensor_header(spec_of(name, tensor)) for name, tensor in tensors.items()
             ],

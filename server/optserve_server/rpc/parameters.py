@@ -75,7 +75,7 @@ async def download(
 
     async with actor.reading() as parameters:
         begin = pb.DownloadBegin(
-            steps=actor.session.steps,
+            steps=actor.view.steps,
             parameters=[encode.tensor_header(specs[i]) for i in positions],
         )
         await transfer.in_time(context.write(pb.DownloadParametersResponse(begin=begin)), limits)

@@ -98,13 +98,14 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._add_reflection()
 
-    async def start(self, host: str, port: int) -> int:
-        """Serve, and return the port, which is a free one if ``port`` is 0.
+    async def start(self, host: str, port: int) -> str:
+        """Serve, and return the address, with a free port if ``port`` is 0.
 
         Raises:
             AddressInUseError: The address cannot be bound.
         """
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        host = f"[{host}]" if ":" in host else host
+        address = f"{host}:{port}"
         try:
             port = self._server.add_insecure_port(address)
         except RuntimeError as error:
@@ -113,7 +114,7 @@ class Server:
             ) from error
         await self._server.start()
         await self._health.set(SERVICE.full_name, health_pb2.HealthCheckResponse.SERVING)
-        return port
+        return f"{host}:{port}"
 
     async def announce_end(self) -> None:
         """Answer health checks with NOT_SERVING from now on."""

@@ -10,14 +10,12 @@ from typing import Any
 import grpc
 import torch
 
-from optserve.limits import MESSAGE_HEADROOM_BYTES
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceServicer
 from optserve_server import __version__
-from optserve_server.core.errors import LimitExceededError, TooManyError
+from optserve_server.core.errors import TooManyError
 from optserve_server.core.events import Direction
 from optserve_server.core.registry import SessionRegistry
-from optserve_server.core.spec import SessionSpec
 from optserve_server.rpc import change, decode, decode_spec, encode, evaluate, parameters, train
 from optserve_server.rpc.catalogue import catalogue
 from optserve_server.rpc.constraints import check_known
@@ -48,9 +46,10 @@ class OptimizerServicer(OptimizerServiceServicer):
         self, request: pb.CreateSessionRequest, context: _Context
     ) -> pb.CreateSessionResponse:
         """Create a session, with values for its parameters if they came along."""
+        decode_spec.check_counts(request, self._limits)
         check_known(request, "")
         spec = decode_spec.session_spec(request.spec, self._limits)
-        _check_answer_fits(spec, self._limits.message_bytes_max)
+        encode.check_fits(spec, self._limits)
         values = decode_spec.values(request.values, spec, self._limits)
         actor = await self._registry.create(spec)
         _LOGGER.info(
@@ -97,11 +96,7 @@ class OptimizerServicer(OptimizerServiceServicer):
     ) -> pb.UpdateSessionResponse:
         """Change a running session."""
         check_known(request, "")
-        actor = self._registry.find(request.session_id)
-        async with actor.writing() as session:
-            changes, count = await actor.run(lambda: change.plan(request, session, self._limits))
-            with self._registry.resized(actor, count):
-                session.change(changes)
+        actor = await change.update(request, self._registry)
         return pb.UpdateSessionResponse(session=encode.session(actor))
 
     async def DeleteSession(
@@ -111,7 +106,7 @@ class OptimizerServicer(OptimizerServiceServicer):
         actor = await self._registry.delete(request.session_id)
         _LOGGER.info(
             "session deleted",
-            extra={"session": actor.session_id, "steps": actor.session.steps},
+            extra={"session": actor.session_id, "steps": actor.view.steps},
         )
         return pb.DeleteSessionResponse(status=encode.session_status(actor))
 
@@ -213,16 +208,3 @@ class OptimizerServicer(OptimizerServiceServicer):
             yield
         finally:
             self._streams -= 1
-
-
-def _check_answer_fits(spec: SessionSpec, message_bytes_max: int) -> None:
-    """Make sure that the session can be answered with: it names each parameter twice."""
-    count = encode.session_spec(spec).ByteSize()
-    if count > message_bytes_max - MESSAGE_HEADROOM_BYTES:
-        raise LimitExceededError(
-            f"the session's spec has {count} bytes as a message;"
-            " use fewer parameters or shorter names",
-            field="spec.parameters",
-            expected=f"at most {message_bytes_max - MESSAGE_HEADROOM_BYTES} bytes",
-            actual=f"{count} bytes",
-        )

@@ -1,0 +1,177 @@
+"""The rounds of a session: gradients come in, and when all are there, the step is made."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from optserve_server.core.device import Device
+from optserve_server.core.errors import OptserveError, RoundTimeoutError, StepOutOfOrderError
+from optserve_server.core.events import Observer, Phase
+from optserve_server.core.round import Contribution, Round
+from optserve_server.core.session import Session, StepOutcome, norm_of
+from optserve_server.core.work import Work
+
+
+class Rounds:
+    """One round after the other."""
+
+    def __init__(
+        self,
+        session: Session,
+        work: Work,
+        device: Device,
+        *,
+        observer: Observer,
+        monotonic: Callable[[], float],
+        publish: Callable[[], None],
+        stepped: Callable[[StepOutcome], None],
+        check_open: Callable[[], None],
+    ) -> None:
+        """Begin with the session's next step.
+
+        Args:
+            session: Whose steps these are.
+            work: Where they are made.
+            device: Where the gradients go.
+            observer: Told how long the phases took.
+            monotonic: Seconds, from any beginning.
+            publish: Called when the session may stand elsewhere, before anybody else holds it.
+            stepped: Called after each step.
+            check_open: Called before each step; raises if the session is gone.
+        """
+        self._session = session
+        self._work = work
+        self._device = device
+        self._observer = observer
+        self._monotonic = monotonic
+        self._publish = publish
+        self._stepped = stepped
+        self._check_open = check_open
+        self._round = Round(session.spec.workers, session.steps + 1)
+        self._outcome = session.last_outcome
+        self._staging: list[dict[int, Tensor]] = [{} for _ in range(session.spec.workers)]
+
+    def has(self, worker: int) -> bool:
+        """Return whether the worker has contributed to the open round."""
+        return self._round.has(worker)
+
+    def begin(self, worker: int, step: int, positions: Sequence[int]) -> Contribution:
+        """Prepare to receive a worker's gradients for a step.
+
+        Args:
+            worker: Who sends; only one call at a time for each.
+            step: Number of the step.
+            positions: Which parameters' gradients will come.
+
+        Raises:
+            OptserveError: The step cannot be taken. Nothing was changed.
+        """
+        self._session.check_ready()
+        round_ = self._round
+        if step not in (round_.step, round_.step - 1) or step == 0:
+            raise StepOutOfOrderError(
+                f"step {step} is not the next one; the next step is {round_.step}",
+                field="step",
+                expected=round_.step,
+                actual=step,
+            )
+        settled: Round | StepOutcome | None = None
+        if step < round_.step:
+            settled = self._outcome
+        elif round_.has(worker):  # It may be being applied by now: that is not to be done twice.
+            settled = round_
+        targets = {} if settled else {each: self._staged(worker, each) for each in positions}
+        return Contribution(
+            worker=worker,
+            step=step,
+            gradients=[targets.get(each) for each in range(len(self._session.parameters))],
+            targets=list(targets.values()),
+            settled=settled,
+        )
+
+    async def commit(self, contribution: Contribution) -> tuple[StepOutcome, bool]:
+        """Give a received contribution to its round, and wait until the step is applied.
+
+        Returns:
+            What the step did, and whether that had been done before.
+
+        Raises:
+            OptserveError: The step was refused, or the other workers did not come in time.
+        """
+        if isinstance(contribution.settled, StepOutcome):
+            return contribution.settled, True
+        round_ = contribution.settled or await self._join(contribution)
+        try:
+            async with asyncio.timeout(self._session.spec.round_timeout_s):
+                await asyncio.shield(round_.closed)
+        except TimeoutError:
+            raise RoundTimeoutError(
+                f"step {contribution.step} waits for workers {round_.missing}; the contribution is"
+                " kept: send the same step again to go on waiting",
+                field="step",
+                expected=f"a contribution of workers {round_.missing}",
+                retry_after_s=0.0,
+            ) from None
+        return await asyncio.shield(round_.done), False
+
+    def abandon(self, error: OptserveError) -> None:
+        """Give up the round, unless all have contributed to it."""
+        self._round.abandon(error)
+
+    def forget(self) -> None:
+        """Let the gradients' memory go; there will be no more steps."""
+        self._staging = []
+
+    async def _join(self, contribution: Contribution) -> Round:
+        """Add a contribution to the open round; start the step if it was the last one missing."""
+        session, gradients = self._session, contribution.gradients
+        if session.spec.workers > 1:
+            # A bad gradient is the mistake of the worker that brings it, and of no other.
+            await self._work.run(lambda: session.check_finite(gradients, norm_of(gradients)))
+            self._check_open()
+        round_ = self._round
+        if round_.done.done():  # It was abandoned meanwhile; waiting for it will say why.
+            return round_
+        round_.add(contribution.worker, gradients, self._monotonic())
+        if not round_.missing:
+            self._work.spawn(self._apply(round_))
+        return round_
+
+    async def _apply(self, round_: Round) -> None:
+        """Apply a complete round, and tell everybody who waits for it."""
+        session, workers = self._session, self._session.spec.workers
+        try:
+            async with self._work.lock.exclusive():
+                self._check_open()
+                try:
+                    outcome = await self._step(round_)
+                finally:
+                    self._outcome = session.last_outcome
+                    self._round = Round(workers, session.steps + 1)
+                    self._publish()
+        except Exception as error:  # noqa: BLE001 - Whatever it is belongs to those who wait.
+            round_.done.set_exception(error)
+        else:
+            round_.done.set_result(outcome)
+            self._stepped(outcome)
+
+    async def _step(self, round_: Round) -> StepOutcome:
+        started_s = self._monotonic()
+        for arrival_s in round_.arrivals_s:
+            self._observer.phase_ended(Phase.QUEUE, started_s - arrival_s)
+        outcome = await self._work.run(lambda: self._session.step(round_.mean(self._device)))
+        self._observer.phase_ended(Phase.APPLY, self._monotonic() - started_s)
+        return outcome
+
+    def _staged(self, worker: int, position: int) -> Tensor:
+        """Return the worker's buffer for a gradient.
+
+        Made at its first step, reserved since the session was created.
+        """
+        staging = self._staging[worker]
+        if position not in staging:
+            staging[position] = self._device.staging(self._session.spec.parameters[position])
+        return staging[position]
