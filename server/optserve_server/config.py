@@ -81,7 +81,7 @@ class Config(BaseSettings):
     log_format: Literal["text", "json"] = "text"
     """One line for each event: for people, or for machines."""
 
-    idle_timeout_s: Seconds = 86_400.0
+    idle_timeout_s: Seconds = _LIMITS.idle_timeout_s
     """A session that nobody has used for so many seconds is deleted."""
     drain_timeout_s: Seconds = 30.0
     """How many seconds calls have to end by themselves after SIGTERM."""

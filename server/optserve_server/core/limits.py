@@ -32,3 +32,4 @@ class Limits:
     loss_points_max: int = 10_000
     round_timeout_s: float = 600.0
     stall_timeout_s: float = 60.0
+    idle_timeout_s: float = 86_400.0  # A day: whoever trains comes back within it.

@@ -87,7 +87,7 @@ class SessionRegistry:
         return actor
 
     def find(self, session_id: str) -> SessionActor:
-        """Return a session.
+        """Return a session, which is in use from now on: see Limits.idle_timeout_s.
 
         Raises:
             SessionNotFoundError: There is none of this id.
@@ -101,6 +101,7 @@ class SessionRegistry:
                 expected="the id of a session",
                 actual=session_id[: 2 * _ID_BYTES],
             )
+        actor.used_s = self.surroundings.clock()
         return actor
 
     def page(self, *, after: int, count: int) -> tuple[Sequence[SessionActor], int | None]:
