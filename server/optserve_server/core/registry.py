@@ -101,7 +101,7 @@ class SessionRegistry:
                 expected="the id of a session",
                 actual=session_id[: 2 * _ID_BYTES],
             )
-        actor.used_s = self.surroundings.clock()
+        actor.touch()
         return actor
 
     def page(self, *, after: int, count: int) -> tuple[Sequence[SessionActor], int | None]:
