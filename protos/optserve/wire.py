@@ -76,9 +76,8 @@ def split(
     for tensor, buffer in enumerate(buffers):
         offset = 0
         while offset < len(buffer):
-            data = bytes(
-                buffer[offset : offset + room]
-            )  # copy: tensor to bytes; protobuf's is next.
+            # copy: tensor to bytes; protobuf's is next.
+            data = bytes(buffer[offset : offset + room])
             chunks.append(TensorChunk(tensor=tensor, offset=offset, data=data))
             offset += len(data)
             room -= len(data)
@@ -112,9 +111,8 @@ class Assembly:
         targets, received, total = self._targets, self._received, 0
         for chunk in chunks:
             tensor, offset = chunk.tensor, chunk.offset
-            data = (
-                chunk.data
-            )  # copy: message to bytes; every access makes one, so there is only this.
+            # copy: message to bytes; every access makes one, so there is only this.
+            data = chunk.data
             count = len(data)
             if tensor >= len(targets):
                 raise ChunkError(

@@ -110,6 +110,8 @@ class Config(BaseSettings):
     """How many workers a session may have."""
     dimensions_max: Annotated[int, Field(ge=1, le=64)] = _LIMITS.dimensions_max
     """How many dimensions a tensor may have."""
+    elements_max: Count = _LIMITS.elements_max
+    """How many elements a list among hyperparameters, such as milestones, may have."""
     name_bytes_max: Count = _LIMITS.name_bytes_max
     """How long a name may be."""
     expression_chars_max: Annotated[int, Field(ge=1, le=4096)] = _LIMITS.expression_chars_max

@@ -103,9 +103,8 @@ def encode(name: str, array: ArrayLike, *, path: str = "") -> tuple[TensorHeader
     values = np.asarray(array)
     header = announce(name, values.dtype, values.shape, path=path)
     if header.data_type != DataType.DATA_TYPE_BF16:
-        values = values.astype(
-            DTYPES[header.data_type], copy=False
-        )  # copy: only of big-endian ones.
+        # copy: only of big-endian ones.
+        values = values.astype(DTYPES[header.data_type], copy=False)
     return header, bytes_of(values)
 
 
@@ -167,9 +166,8 @@ def encode_as(expected: TensorHeader, array: ArrayLike, *, role: str, path: str)
 def messages(headers: Iterable[TensorHeader], tensors: Iterable[memoryview]) -> list[Tensor]:
     """Return whole small tensors as messages."""
     return [
-        Tensor(
-            header=header, data=bytes(data)
-        )  # copy: tensor to bytes; protobuf copies them once more.
+        # copy: tensor to bytes; protobuf copies them once more.
+        Tensor(header=header, data=bytes(data))
         for header, data in zip(headers, tensors, strict=True)
     ]
 

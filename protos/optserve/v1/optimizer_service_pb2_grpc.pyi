@@ -53,7 +53,7 @@ class OptimizerServiceStub:
     Train: _grpc.StreamStreamMultiCallable[_optimizer_service_pb2.TrainRequest, _optimizer_service_pb2.TrainResponse]
     """Train takes the steps of one worker for as long as it likes: begin, chunks, end; answered by begin, chunks, result;
     and again. The stream is opened by `open`, answered by `opened`. A refused step does not end it; DRAINING,
-    EVENT_OUT_OF_ORDER, SESSION_DELETED, STALLED, MALFORMED_MESSAGE and INTERNAL do, as its status.
+    EVENT_OUT_OF_ORDER, SESSION_DELETED, STALLED, MALFORMED_MESSAGE, UNKNOWN_FIELD and INTERNAL do, as its status.
     """
     Step: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.StepRequest, _optimizer_service_pb2.StepResponse]
     """Step is one step in one message each way, for small models, and where streams do not pass."""
@@ -95,7 +95,7 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
     Train: _aio.StreamStreamMultiCallable[_optimizer_service_pb2.TrainRequest, _optimizer_service_pb2.TrainResponse]  # type: ignore[assignment]
     """Train takes the steps of one worker for as long as it likes: begin, chunks, end; answered by begin, chunks, result;
     and again. The stream is opened by `open`, answered by `opened`. A refused step does not end it; DRAINING,
-    EVENT_OUT_OF_ORDER, SESSION_DELETED, STALLED, MALFORMED_MESSAGE and INTERNAL do, as its status.
+    EVENT_OUT_OF_ORDER, SESSION_DELETED, STALLED, MALFORMED_MESSAGE, UNKNOWN_FIELD and INTERNAL do, as its status.
     """
     Step: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.StepRequest, _optimizer_service_pb2.StepResponse]  # type: ignore[assignment]
     """Step is one step in one message each way, for small models, and where streams do not pass."""
@@ -182,7 +182,7 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_optimizer_service_pb2.TrainResponse], _abc.AsyncIterator[_optimizer_service_pb2.TrainResponse]]:
         """Train takes the steps of one worker for as long as it likes: begin, chunks, end; answered by begin, chunks, result;
         and again. The stream is opened by `open`, answered by `opened`. A refused step does not end it; DRAINING,
-        EVENT_OUT_OF_ORDER, SESSION_DELETED, STALLED, MALFORMED_MESSAGE and INTERNAL do, as its status.
+        EVENT_OUT_OF_ORDER, SESSION_DELETED, STALLED, MALFORMED_MESSAGE, UNKNOWN_FIELD and INTERNAL do, as its status.
         """
 
     @_abc_1.abstractmethod

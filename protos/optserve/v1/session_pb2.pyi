@@ -111,16 +111,19 @@ class ParameterGroup(_message.Message):
     OVERRIDES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """name of the group, unique in the session. Required. "default" names the group of the parameters that are in no
-    other; give a group of that name (and no parameters) only to give that one hyperparameters of its own.
+    other; give a group of that name only to give that one hyperparameters of its own.
     """
     @_builtins.property
     def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """parameters in the group, by name; each parameter is in one group. Empty is refused, save for "default"."""
+        """parameters in the group, by name; each parameter is in one group. Empty is refused, save for "default",
+        which names none, or exactly those that it gets.
+        """
 
     @_builtins.property
     def overrides(self) -> _optimizer_pb2.Optimizer:
         """overrides are the hyperparameters in which the group differs from SessionSpec.optimizer; of the same kind. In an
-        answer: every hyperparameter in force for the group.
+        answer: every hyperparameter in force for the group; `lr` is the rate that the schedule started from, and
+        SessionStatus.rates says what it is now.
         """
 
     def __init__(

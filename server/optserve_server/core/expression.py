@@ -176,9 +176,8 @@ def _boolean(every: bool, operands: list[_Node]) -> _Node:
         value = 0.0
         for operand in operands:
             value = operand(count)
-            if (
-                bool(value) != every
-            ):  # `and` ends at the first false value, `or` at the first true one, as in Python.
+            # `and` ends at the first false value, `or` at the first true one, as in Python.
+            if bool(value) != every:
                 break
         return value
 

@@ -26,6 +26,7 @@ class Limits:
     groups_max: int = 100
     workers_max: int = 256
     dimensions_max: int = 16
+    elements_max: int = 1_000
     name_bytes_max: int = 256
     expression_chars_max: int = 256
     expression_nodes_max: int = 64

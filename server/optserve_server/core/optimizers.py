@@ -14,14 +14,10 @@ from optserve_server.core.errors import InvalidHyperparameterError
 from optserve_server.core.spec import Value
 from optserve_server.core.tensors import dtype_name
 
-_NOT_OFFERED = {
-    "params",
-    "capturable",
-    "differentiable",
-}  # About the caller's CUDA graph and autograd graph.
-_PROBE_ELEMENTS = (
-    3  # Unlike the single element of torch's step counters, so that a probe can tell them apart.
-)
+# About the caller's CUDA graph and autograd graph.
+_NOT_OFFERED = {"params", "capturable", "differentiable"}
+# Unlike the single element of torch's step counters, so that a probe can tell them apart.
+_PROBE_ELEMENTS = 3
 
 
 def _step(optimizer: torch.optim.Optimizer) -> None:
@@ -180,9 +176,8 @@ def rehearse(
     optimizer = build(kind, [([parameter], old)])
     optimizer.step()
     if new is not None:
-        build(
-            kind, [([parameter], new)]
-        )  # torch checks how hyperparameters go together only at construction.
+        # torch checks how hyperparameters go together only at construction.
+        build(kind, [([parameter], new)])
         optimizer.param_groups[0].update(new)
         try:
             optimizer.step()

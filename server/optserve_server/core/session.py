@@ -33,10 +33,8 @@ from optserve_server.core.schedulers import Schedule
 from optserve_server.core.spec import ScheduleUnit, SessionSpec
 
 _NAMED_MAX = 5  # How many names a message lists.
-_NORM_DTYPES = {
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-}  # Too narrow for a sum of squares.
+# Too narrow for a sum of squares.
+_NORM_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,9 +180,8 @@ class Session:
         """
         if self.spec.allow_non_finite or math.isfinite(norm):
             return
-        for position, gradient in enumerate(
-            gradients
-        ):  # The norm may only have overflowed: look at each of them.
+        # The norm may only have overflowed: look at each of them.
+        for position, gradient in enumerate(gradients):
             if gradient is not None and not torch.isfinite(gradient).all():
                 name = self.spec.parameters[position].name
                 raise NonFiniteGradientError(

@@ -16,6 +16,9 @@ from optserve.v1 import constraint_pb2
 from optserve.v1.constraint_pb2 import Constraint
 from optserve_server.core.errors import InvalidHyperparameterError, UnknownFieldError
 
+# How far into a list an unknown field is looked for, to name it: that takes time for each element.
+_LOOKED_AT_MAX = 1_000
+
 
 def kind_of(field: FieldDescriptor) -> Descriptor:
     """Return the message that a field of a `kind` oneof holds: ``Adam``."""
@@ -84,7 +87,7 @@ def describe(constraint: Constraint) -> str:
     return ", ".join(["finite", " and ".join(bounds)] if bounds else ["finite"])
 
 
-def check_known(message: Message, path: str) -> None:
+def check_known(message: Message) -> None:
     """Make sure that a message, and every message in it, has only fields that this server knows.
 
     protobuf would drop the others silently: a hyperparameter of a newer client would have no
@@ -93,19 +96,33 @@ def check_known(message: Message, path: str) -> None:
     Raises:
         UnknownFieldError: There is another one.
     """
+    known = type(message)()
+    known.CopyFrom(message)
+    known.DiscardUnknownFields()
+    if known.ByteSize() == message.ByteSize():
+        return
+    path, name, number = _find_unknown(message, "") or ("", message.DESCRIPTOR.name, 0)
+    raise UnknownFieldError(
+        f"{name} has no field {number} on this server, which would drop it;"
+        " the client may be newer",
+        field=path,
+        expected=f"the fields of {name}",
+        actual=f"field {number}",
+    )
+
+
+def _find_unknown(message: Message, path: str) -> tuple[str, str, int] | None:
+    """Return where the first unknown field is: the message's path and name, the field's number."""
     unknown = UnknownFieldSet(message)
     if len(unknown):
-        number = unknown[0].field_number
-        raise UnknownFieldError(
-            f"{message.DESCRIPTOR.name} has no field {number} on this server, which would drop it;"
-            " the client may be newer",
-            field=path,
-            expected=f"the fields of {message.DESCRIPTOR.full_name}",
-            actual=f"field {number}",
-        )
+        return path, message.DESCRIPTOR.name, unknown[0].field_number
     for field, value in message.ListFields():
         if field.message_type is None:
             continue
-        for i, child in enumerate(value if field.is_repeated else (value,)):
-            suffix = f"[{i}]" if field.is_repeated else ""
-            check_known(child, f"{path}.{field.name}{suffix}" if path else f"{field.name}{suffix}")
+        children = value[:_LOOKED_AT_MAX] if field.is_repeated else (value,)
+        for i, child in enumerate(children):
+            step = f"{field.name}[{i}]" if field.is_repeated else field.name
+            found = _find_unknown(child, f"{path}.{step}" if path else step)
+            if found:
+                return found
+    return None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from torch import Tensor
 
 from optserve.v1 import loss_pb2, optimizer_pb2, scheduler_pb2, session_pb2, tensor_pb2
-from optserve.v1.optimizer_service_pb2 import CreateSessionRequest
 from optserve_server.core import optimizers, schedulers
 from optserve_server.core.errors import (
     InvalidFieldError,
@@ -39,26 +38,6 @@ _UNITS: Mapping[int, ScheduleUnit] = {
     scheduler_pb2.SCHEDULE_UNIT_STEPS: ScheduleUnit.STEPS,
     scheduler_pb2.SCHEDULE_UNIT_EPOCHS: ScheduleUnit.EPOCHS,
 }
-
-
-def check_counts(request: CreateSessionRequest, limits: Limits) -> None:
-    """Make sure that a request is worth a closer look, before it takes time for each element.
-
-    Raises:
-        LimitExceededError: There is more of something in it than a session may have.
-    """
-    for field, count, most in (
-        ("spec.parameters", len(request.spec.parameters), limits.parameters_max),
-        ("spec.groups", len(request.spec.groups), limits.groups_max),
-        ("values", len(request.values), limits.parameters_max),
-    ):
-        if count > most:
-            raise LimitExceededError(
-                f"{field} has {count} elements; {most} are allowed",
-                field=field,
-                expected=f"at most {most}",
-                actual=count,
-            )
 
 
 def session_spec(message: session_pb2.SessionSpec, limits: Limits) -> SessionSpec:
@@ -215,6 +194,7 @@ def _groups(
         _check_fixed(kind, own, optimizer.arguments, f"{field}.overrides")
         given[message.name] = {**optimizer.arguments, **own}
         taken[message.name] = _take(message, positions, field)
+    _check_default(messages, positions)
     # The rest is the default group, which comes first if there is any.
     given = {DEFAULT_GROUP: optimizer.arguments, **given}
     taken |= {DEFAULT_GROUP: tuple(positions.values())}
@@ -235,13 +215,9 @@ def _take(
     message: session_pb2.ParameterGroup, positions: dict[str, int], field: str
 ) -> tuple[int, ...]:
     """Take the group's parameters out of those that are in no group yet."""
-    if message.name == DEFAULT_GROUP and message.parameters:
-        raise InvalidFieldError(
-            "group 'default' takes the parameters that are in no other; it names none itself",
-            field=f"{field}.parameters",
-            expected="none",
-        )
-    if message.name != DEFAULT_GROUP and not message.parameters:
+    if message.name == DEFAULT_GROUP:
+        return ()  # It gets what the others leave.
+    if not message.parameters:
         raise MissingFieldError(
             f"group {message.name!r} has no parameters",
             field=f"{field}.parameters",
@@ -258,6 +234,19 @@ def _take(
             )
         taken.append(positions.pop(name))
     return tuple(taken)
+
+
+def _check_default(messages: Sequence[session_pb2.ParameterGroup], rest: Collection[str]) -> None:
+    """Group "default" may name what it gets anyway, as it does in an answer; nothing else."""
+    for i, message in enumerate(messages):
+        named = set(message.parameters)
+        if message.name == DEFAULT_GROUP and named and named != set(rest):
+            raise InvalidFieldError(
+                "group 'default' has the parameters that are in no other; it names those, or none",
+                field=f"spec.groups[{i}].parameters",
+                expected=", ".join(sorted(rest)),
+                actual=", ".join(sorted(named)),
+            )
 
 
 def _check_fixed(
@@ -283,6 +272,13 @@ def _value(field: FieldDescriptor, value: object, path: str, limits: Limits) -> 
     if field.is_repeated:
         values: Sequence[object] = value  # type: ignore[assignment]
         check_count(field, len(values), path)
+        if len(values) > limits.elements_max:
+            raise LimitExceededError(
+                f"{field.name} has {len(values)} elements; {limits.elements_max} are allowed",
+                field=path,
+                expected=f"at most {limits.elements_max} elements",
+                actual=f"{len(values)} elements",
+            )
         return tuple(
             _value_of_one(field, each, f"{path}[{i}]", limits) for i, each in enumerate(values)
         )  # type: ignore[return-value]

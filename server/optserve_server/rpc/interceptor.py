@@ -16,15 +16,16 @@ from typing import Any, Final
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import Message
 
 from optserve_server.core.errors import MalformedMessageError, OptserveError
 from optserve_server.core.events import Observer, RpcKind, RpcMethod
 from optserve_server.rpc import status
+from optserve_server.rpc.constraints import check_known
 
 _LOGGER = logging.getLogger(__name__)
-_MALFORMED: Final = (
-    object()
-)  # What a message decodes to when it is none; gRPC itself would answer INTERNAL.
+# What a message decodes to when it is none; gRPC itself would answer INTERNAL.
+_MALFORMED: Final = object()
 
 _Handler = Any  # grpc.RpcMethodHandler, whose attributes its types do not name.
 _Context = Any  # grpc.aio.ServicerContext[Any, Any]
@@ -133,7 +134,14 @@ class Boundary(grpc.aio.ServerInterceptor):
 def _checked(method: RpcMethod, request: Any) -> Any:
     if request is _MALFORMED:
         raise MalformedMessageError(f"the bytes are no message of {method.method}")
+    if not _is_chunks(request):
+        check_known(request)
     return request
+
+
+def _is_chunks(request: Message) -> bool:
+    """Return whether this is one of many messages full of bytes, which are not looked through."""
+    return "event" in request.DESCRIPTOR.oneofs_by_name and request.WhichOneof("event") == "chunks"
 
 
 def _kind(method: MethodDescriptor) -> RpcKind:

@@ -18,9 +18,8 @@ from optserve_server.rpc.servicer import OptimizerServicer
 SERVICE = optimizer_service_pb2.DESCRIPTOR.services_by_name["OptimizerService"]
 """The service's descriptor."""
 
-_NO_COMPRESSION = (
-    1 << 0
-)  # Bit of grpc's "identity" algorithm: tensors do not compress, and bombs do.
+# Bit of grpc's "identity" algorithm: tensors do not compress, and bombs do.
+_NO_COMPRESSION = 1 << 0
 _KEEPALIVE_MS = 60_000
 _REFLECTION = "grpc.reflection.{}.ServerReflection"
 
@@ -82,14 +81,10 @@ class Server:
                 ("grpc.max_receive_message_length", limits.message_bytes_max),
                 ("grpc.max_send_message_length", limits.message_bytes_max),
                 ("grpc.compression_enabled_algorithms_bitset", _NO_COMPRESSION),
-                (
-                    "grpc.so_reuseport",
-                    0,
-                ),  # Or two servers share a port, and sessions vanish at random.
-                (
-                    "grpc.keepalive_time_ms",
-                    _KEEPALIVE_MS,
-                ),  # A client that is gone is noticed in a minute or two.
+                # Or two servers share a port, and sessions vanish at random.
+                ("grpc.so_reuseport", 0),
+                # A client that is gone is noticed in a minute or two.
+                ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
                 ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
                 ("grpc.keepalive_permit_without_calls", 1),
             ],

@@ -18,7 +18,6 @@ from optserve_server.core.events import Direction
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.rpc import change, decode, decode_spec, encode, evaluate, parameters, train
 from optserve_server.rpc.catalogue import catalogue
-from optserve_server.rpc.constraints import check_known
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -46,8 +45,6 @@ class OptimizerServicer(OptimizerServiceServicer):
         self, request: pb.CreateSessionRequest, context: _Context
     ) -> pb.CreateSessionResponse:
         """Create a session, with values for its parameters if they came along."""
-        decode_spec.check_counts(request, self._limits)
-        check_known(request, "")
         spec = decode_spec.session_spec(request.spec, self._limits)
         encode.check_fits(spec, self._limits)
         values = decode_spec.values(request.values, spec, self._limits)
@@ -95,7 +92,6 @@ class OptimizerServicer(OptimizerServiceServicer):
         self, request: pb.UpdateSessionRequest, context: _Context
     ) -> pb.UpdateSessionResponse:
         """Change a running session."""
-        check_known(request, "")
         actor = await change.update(request, self._registry)
         return pb.UpdateSessionResponse(session=encode.session(actor))
 

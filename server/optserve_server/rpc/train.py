@@ -11,9 +11,8 @@ from typing import Any
 
 import grpc
 
-from optserve.limits import MESSAGE_HEADROOM_BYTES
 from optserve.v1 import optimizer_service_pb2 as pb
-from optserve.v1.tensor_pb2 import TensorChunks
+from optserve.v1.tensor_pb2 import Tensor, TensorChunks
 from optserve_server.core.actor import Attachment, SessionActor
 from optserve_server.core.errors import (
     DrainingError,
@@ -31,6 +30,9 @@ from optserve_server.rpc import decode, encode, status, transfer
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Requests = AsyncIterator[pb.TrainRequest]
+
+_TAG_BYTES = 16  # At most, around the data of one tensor: tags and lengths.
+_RESULT_BYTES = 64  # At most, of a result's numbers.
 
 # Every other refusal is of one step.
 _ENDS_STREAM = (DrainingError, EventOutOfOrderError, SessionDeletedError, StalledError)
@@ -200,12 +202,17 @@ class _WorkerStream:
 
 
 def _check_answer_fits(actor: SessionActor, message_bytes_max: int) -> None:
-    count = sum(spec.byte_count for spec in actor.session.spec.parameters)
-    if count > message_bytes_max - MESSAGE_HEADROOM_BYTES:
+    """Make sure that the answer fits into a message, before the step is made."""
+    specs = actor.spec.parameters
+    empty = pb.StepResponse(
+        result=pb.StepResult(rates=encode.group_rates(actor.view.rates)),
+        parameters=[Tensor(header=encode.tensor_header(spec)) for spec in specs],
+    )
+    count = empty.ByteSize() + sum(spec.byte_count + _TAG_BYTES for spec in specs) + _RESULT_BYTES
+    if count > message_bytes_max:
         raise LimitExceededError(
-            f"the answer would hold {count} bytes of parameters; use Train",
-            field="parameters",
-            expected=f"at most {message_bytes_max - MESSAGE_HEADROOM_BYTES} bytes",
+            f"the answer would have {count} bytes; use Train",
+            expected=f"at most {message_bytes_max} bytes",
             actual=f"{count} bytes",
         )
 

@@ -76,10 +76,10 @@ def test_a_field_that_is_not_known_is_found_wherever_it_is(wire_type: bytes) -> 
     group = ParameterGroup(name="a", overrides=optimizer)
     request = CreateSessionRequest(spec=SessionSpec(groups=[ParameterGroup(), group]))
     with pytest.raises(UnknownFieldError) as caught:
-        check_known(request, "")
+        check_known(request)
     assert caught.value.field == "spec.groups[1].overrides.adam"
     assert caught.value.actual == "field 1000"
     with pytest.raises(UnknownFieldError):
-        check_known(CreateSessionRequest.FromString(wire_type), "")
+        check_known(CreateSessionRequest.FromString(wire_type))
     request.spec.groups[1].overrides.adam.DiscardUnknownFields()
-    check_known(request, "")
+    check_known(request)
