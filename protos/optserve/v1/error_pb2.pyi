@@ -4,8 +4,9 @@ isort:skip_file
 Why a call, or one step of a stream, was refused.
 
 A refused call carries google.rpc.Status in its trailers: ErrorInfo with `reason` (a name of Reason without its prefix),
-`domain` "optserve" and the metadata `field`, `expected`, `actual`; BadRequest where a field is at fault; QuotaFailure
-and RetryInfo where a limit is. A step that is refused on a stream carries the same facts in a Refusal.
+`domain` "optserve" and the metadata `field`, `expected`, `actual`, which mean what they mean in Refusal; BadRequest
+where a field is at fault; QuotaFailure and RetryInfo where a limit is. A step that is refused on a stream carries the
+same facts in a Refusal.
 """
 
 from google.protobuf import descriptor as _descriptor
@@ -30,7 +31,7 @@ class _Reason:
 class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     REASON_UNSPECIFIED: _Reason.ValueType  # 0
-    """No reason was given; the peer is not an optserve."""
+    """No reason was given: it was not an optserve that answered. Decide by the status code."""
     REASON_MALFORMED_MESSAGE: _Reason.ValueType  # 1
     """The caller's mistake: sending it again is refused again (INVALID_ARGUMENT).
 
@@ -98,7 +99,7 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     REASON_TOO_MANY: _Reason.ValueType  # 28
     """A limit: do what the message says (RESOURCE_EXHAUSTED).
 
-    There are as many sessions, streams or calls as allowed; try again later.
+    There are as many sessions or streams as allowed; try again later. The number of calls is not limited.
     """
     REASON_MEMORY_EXHAUSTED: _Reason.ValueType  # 29
     """The server has no memory left for it; try again later, or with less."""
@@ -113,10 +114,12 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The server's fault. `request_id` in the metadata finds it in the server's log (INTERNAL)."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
-    """Reason is the closed list of reasons. Decide by it, never by the text of a message."""
+    """Reason is the list of reasons. Decide by it, never by the text of a message; and by the status code where the reason is
+    one that you do not know: newer servers may have more.
+    """
 
 REASON_UNSPECIFIED: Reason.ValueType  # 0
-"""No reason was given; the peer is not an optserve."""
+"""No reason was given: it was not an optserve that answered. Decide by the status code."""
 REASON_MALFORMED_MESSAGE: Reason.ValueType  # 1
 """The caller's mistake: sending it again is refused again (INVALID_ARGUMENT).
 
@@ -184,7 +187,7 @@ REASON_STALLED: Reason.ValueType  # 33
 REASON_TOO_MANY: Reason.ValueType  # 28
 """A limit: do what the message says (RESOURCE_EXHAUSTED).
 
-There are as many sessions, streams or calls as allowed; try again later.
+There are as many sessions or streams as allowed; try again later. The number of calls is not limited.
 """
 REASON_MEMORY_EXHAUSTED: Reason.ValueType  # 29
 """The server has no memory left for it; try again later, or with less."""
@@ -219,7 +222,9 @@ class Refusal(_message.Message):
     message: _builtins.str
     """message for a person."""
     field: _builtins.str
-    """field at fault, as a path such as "gradients[2].shape". Empty: no single field."""
+    """field at fault, as a path from the call's request or, on a stream, from the event's message: "spec.parameters[2].shape"
+    in CreateSessionRequest, "gradients[2].shape" in StepBegin. Empty: no single field.
+    """
     expected: _builtins.str
     """expected is what would have been right. Empty: there is no short word for it."""
     actual: _builtins.str

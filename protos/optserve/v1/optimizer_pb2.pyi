@@ -113,7 +113,9 @@ class SGD(_message.Message):
     foreach: _builtins.bool
     """foreach treats all tensors in one horizontally fused loop. Unset: torch decides."""
     fused: _builtins.bool
-    """fused uses one kernel for the whole update. Unset: true, where torch offers it; differs from torch's own default."""
+    """fused uses one kernel for the whole update. Unset: true, unless foreach is true or a parameter is FP16 or BF16, for
+    which torch's kernel is wrong, and true is refused; differs from torch's own default.
+    """
     def __init__(
         self,
         *,
@@ -187,13 +189,15 @@ class Adam(_message.Message):
     weight_decay: _builtins.float
     """weight_decay is the L2 penalty, added to the gradient. Unset: 0."""
     amsgrad: _builtins.bool
-    """amsgrad keeps the largest second moment seen. Fixed once the session has stepped. Unset: false."""
+    """amsgrad keeps the largest second moment seen. Once the session has stepped it can be turned off, but not on.
+    Unset: false.
+    """
     maximize: _builtins.bool
     """maximize climbs instead of descending. Unset: false."""
     foreach: _builtins.bool
     """foreach treats all tensors in one horizontally fused loop. Unset: torch decides."""
     fused: _builtins.bool
-    """fused uses one kernel for the whole update. Unset: true, where torch offers it; differs from torch's own default."""
+    """fused uses one kernel for the whole update. Unset: true, unless foreach is true; differs from torch's own default."""
     decoupled_weight_decay: _builtins.bool
     """decoupled_weight_decay decays the weights apart from the gradient, as AdamW does. Unset: false."""
     @_builtins.property
@@ -273,13 +277,15 @@ class AdamW(_message.Message):
     weight_decay: _builtins.float
     """weight_decay shrinks each weight by lr × weight_decay at every step. Unset: 0.01."""
     amsgrad: _builtins.bool
-    """amsgrad keeps the largest second moment seen. Fixed once the session has stepped. Unset: false."""
+    """amsgrad keeps the largest second moment seen. Once the session has stepped it can be turned off, but not on.
+    Unset: false.
+    """
     maximize: _builtins.bool
     """maximize climbs instead of descending. Unset: false."""
     foreach: _builtins.bool
     """foreach treats all tensors in one horizontally fused loop. Unset: torch decides."""
     fused: _builtins.bool
-    """fused uses one kernel for the whole update. Unset: true, where torch offers it; differs from torch's own default."""
+    """fused uses one kernel for the whole update. Unset: true, unless foreach is true; differs from torch's own default."""
     @_builtins.property
     def betas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """betas are the decay rates of the two running means. Unset: 0.9, 0.999."""
@@ -354,11 +360,13 @@ class RMSprop(_message.Message):
     weight_decay: _builtins.float
     """weight_decay is the L2 penalty, added to the gradient. Unset: 0."""
     momentum: _builtins.float
-    """momentum is the share of the velocity kept from one step to the next. Fixed at zero, or above it, once the session
-    has stepped. Unset: 0.
+    """momentum is the share of the velocity kept from one step to the next. Once the session has stepped it can become zero,
+    but not leave it. Unset: 0.
     """
     centered: _builtins.bool
-    """centered divides by the estimated standard deviation instead. Fixed once the session has stepped. Unset: false."""
+    """centered divides by the estimated standard deviation instead. Once the session has stepped it can be turned off, but
+    not on. Unset: false.
+    """
     maximize: _builtins.bool
     """maximize climbs instead of descending. Unset: false."""
     foreach: _builtins.bool
@@ -508,7 +516,7 @@ class Adagrad(_message.Message):
     foreach: _builtins.bool
     """foreach treats all tensors in one horizontally fused loop. Unset: torch decides."""
     fused: _builtins.bool
-    """fused uses one kernel for the whole update. Unset: true, where torch offers it; differs from torch's own default."""
+    """fused uses one kernel for the whole update. Unset: true, unless foreach is true; differs from torch's own default."""
     def __init__(
         self,
         *,

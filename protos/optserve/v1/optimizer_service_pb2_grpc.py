@@ -186,7 +186,7 @@ class OptimizerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def EndEpoch(self, request, context):
-        """EndEpoch ends an epoch: a scheduler that counts epochs advances.
+        """EndEpoch ends an epoch: a scheduler that counts epochs advances. Of several workers any one calls it, once for all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

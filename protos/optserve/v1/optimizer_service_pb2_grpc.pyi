@@ -58,7 +58,7 @@ class OptimizerServiceStub:
     Step: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.StepRequest, _optimizer_service_pb2.StepResponse]
     """Step is one step in one message each way, for small models, and where streams do not pass."""
     EndEpoch: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.EndEpochRequest, _optimizer_service_pb2.EndEpochResponse]
-    """EndEpoch ends an epoch: a scheduler that counts epochs advances."""
+    """EndEpoch ends an epoch: a scheduler that counts epochs advances. Of several workers any one calls it, once for all."""
     EvaluateLoss: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.EvaluateLossRequest, _optimizer_service_pb2.EvaluateLossResponse]
     """EvaluateLoss computes the session's loss and its gradient with respect to the predictions."""
     EvaluateLossStream: _grpc.StreamStreamMultiCallable[_optimizer_service_pb2.EvaluateLossStreamRequest, _optimizer_service_pb2.EvaluateLossStreamResponse]
@@ -100,7 +100,7 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
     Step: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.StepRequest, _optimizer_service_pb2.StepResponse]  # type: ignore[assignment]
     """Step is one step in one message each way, for small models, and where streams do not pass."""
     EndEpoch: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.EndEpochRequest, _optimizer_service_pb2.EndEpochResponse]  # type: ignore[assignment]
-    """EndEpoch ends an epoch: a scheduler that counts epochs advances."""
+    """EndEpoch ends an epoch: a scheduler that counts epochs advances. Of several workers any one calls it, once for all."""
     EvaluateLoss: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.EvaluateLossRequest, _optimizer_service_pb2.EvaluateLossResponse]  # type: ignore[assignment]
     """EvaluateLoss computes the session's loss and its gradient with respect to the predictions."""
     EvaluateLossStream: _aio.StreamStreamMultiCallable[_optimizer_service_pb2.EvaluateLossStreamRequest, _optimizer_service_pb2.EvaluateLossStreamResponse]  # type: ignore[assignment]
@@ -199,7 +199,7 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _optimizer_service_pb2.EndEpochRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_optimizer_service_pb2.EndEpochResponse, _abc.Awaitable[_optimizer_service_pb2.EndEpochResponse]]:
-        """EndEpoch ends an epoch: a scheduler that counts epochs advances."""
+        """EndEpoch ends an epoch: a scheduler that counts epochs advances. Of several workers any one calls it, once for all."""
 
     @_abc_1.abstractmethod
     def EvaluateLoss(

@@ -186,8 +186,10 @@ class LambdaLR(_message.Message):
     """LambdaLR sets the rate to the initial rate times an expression of the count.
 
     An expression is arithmetic over floats: numbers, `epoch` (the count, from 0), `pi`, `e`, + - * / // % **, comparisons,
-    `and`, `or`, `not`, `a if b else c`, and min, max, abs, floor, ceil, sqrt, exp, log, sin, cos. At most
-    Limits.expression_chars_max characters and Limits.expression_nodes_max nodes. Its value must be finite and not negative.
+    `and`, `or`, `not`, `a if b else c`, and min, max, abs, floor, ceil, sqrt, exp, log, sin, cos. It is equal, bit for bit,
+    to the Python lambda of the same text over a float `epoch`, with every number a float and math's functions; a negative
+    base of ** needs a whole exponent. At most Limits.expression_chars_max characters and Limits.expression_nodes_max
+    numbers, names and operations. Its value must be finite and not negative.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

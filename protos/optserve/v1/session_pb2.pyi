@@ -31,7 +31,7 @@ class _NonFinitePolicy:
 class _NonFinitePolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NonFinitePolicy.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     NON_FINITE_POLICY_UNSPECIFIED: _NonFinitePolicy.ValueType  # 0
-    """The same as NON_FINITE_POLICY_REFUSE."""
+    """In a new session the same as NON_FINITE_POLICY_REFUSE; in an update: it stays as it is."""
     NON_FINITE_POLICY_REFUSE: _NonFinitePolicy.ValueType  # 1
     """The step is refused, and nothing changes: one NaN would poison Adam's moments for ever."""
     NON_FINITE_POLICY_ALLOW: _NonFinitePolicy.ValueType  # 2
@@ -41,7 +41,7 @@ class NonFinitePolicy(_NonFinitePolicy, metaclass=_NonFinitePolicyEnumTypeWrappe
     """NonFinitePolicy says what happens to a gradient that holds a NaN or an infinity."""
 
 NON_FINITE_POLICY_UNSPECIFIED: NonFinitePolicy.ValueType  # 0
-"""The same as NON_FINITE_POLICY_REFUSE."""
+"""In a new session the same as NON_FINITE_POLICY_REFUSE; in an update: it stays as it is."""
 NON_FINITE_POLICY_REFUSE: NonFinitePolicy.ValueType  # 1
 """The step is refused, and nothing changes: one NaN would poison Adam's moments for ever."""
 NON_FINITE_POLICY_ALLOW: NonFinitePolicy.ValueType  # 2
@@ -196,7 +196,7 @@ class SessionSpec(_message.Message):
     workers: _builtins.int
     """workers that contribute to each step; a step is the mean of their gradients. Zero or unset: one."""
     non_finite: Global___NonFinitePolicy.ValueType
-    """non_finite says what happens to gradients with NaN or infinity. Unset: refused."""
+    """non_finite says what happens to gradients with NaN or infinity. Unset: the step is refused."""
     @_builtins.property
     def parameters(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]:
         """parameters of the model. At least one; names are unique."""

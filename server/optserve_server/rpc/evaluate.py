@@ -88,14 +88,14 @@ async def evaluate_stream(
     actor = registry.find(begin.session_id)
     _check_there(begin)
     specs = [
-        decode.tensor_spec(begin.predictions, limits, "begin.predictions"),
-        decode.tensor_spec(begin.targets, limits, "begin.targets"),
+        decode.tensor_spec(begin.predictions, limits, "predictions"),
+        decode.tensor_spec(begin.targets, limits, "targets"),
     ]
     with registry.budget.reserved(
-        _bytes_of(specs, registry), what="the evaluation", field="begin.predictions"
+        _bytes_of(specs, registry), what="the evaluation", field="predictions"
     ):
         received = [registry.surroundings.device.staging(spec) for spec in specs]
-        receiver = transfer.Receiver(received, "begin", limits)
+        receiver = transfer.Receiver(received, _field_of, limits)
         while (request := await transfer.next_or_none(requests, limits)) is not None:
             if request.WhichOneof("event") != "chunks":
                 raise EventOutOfOrderError(
@@ -120,6 +120,11 @@ async def evaluate_stream(
 
         count = await transfer.send(list(tensors.values()), write, limits)
         registry.surroundings.observer.bytes_moved(Direction.SENT, count)
+
+
+def _field_of(tensor: int) -> str:
+    """Return the field of LossBegin that announced a tensor; for one that none did, the chunks."""
+    return ("predictions", "targets", "chunks")[min(tensor, 2)]
 
 
 def _check_there(request: pb.EvaluateLossRequest | pb.LossBegin) -> None:

@@ -167,7 +167,7 @@ class _WorkerStream:
         self._receiver = (
             None
             if settled
-            else transfer.Receiver(self._contribution.targets, "gradients", self._limits)
+            else transfer.Receiver(self._contribution.targets, "gradients[{}]".format, self._limits)
         )
         self._started, self._received_bytes = time.perf_counter(), 0
 

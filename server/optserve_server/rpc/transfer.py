@@ -24,12 +24,20 @@ _T = TypeVar("_T")
 
 
 class Receiver:
-    """Fills tensors from chunks; errors name the list in which the tensors were announced."""
+    """Fills tensors from chunks; errors name the field in which the tensor was announced."""
 
-    def __init__(self, targets: Sequence[Tensor], field: str, limits: Limits) -> None:
-        """Fill ``targets``: contiguous CPU tensors, in the announced order."""
+    def __init__(
+        self, targets: Sequence[Tensor], field_of: Callable[[int], str], limits: Limits
+    ) -> None:
+        """Fill ``targets``: contiguous CPU tensors, in the announced order.
+
+        Args:
+            targets: What to fill.
+            field_of: Path of the field that announced the tensor at a position.
+            limits: In force.
+        """
         self._assembly = wire.Assembly([byte_view(target) for target in targets])
-        self._field = field
+        self._field_of = field_of
         self._chunk_bytes_max = limits.chunk_bytes_max
 
     def add(self, message: TensorChunks) -> int:
@@ -46,7 +54,7 @@ class Receiver:
         except wire.ChunkError as error:
             raise ChunkOutOfOrderError(
                 str(error),
-                field=f"{self._field}[{error.tensor}]",
+                field=self._field_of(error.tensor),
                 expected=error.expected,
                 actual=error.actual,
             ) from None
@@ -77,7 +85,7 @@ class Receiver:
     def _mismatch(self, error: wire.ByteCountError) -> ByteCountMismatchError:
         return ByteCountMismatchError(
             str(error),
-            field=f"{self._field}[{error.tensor}]",
+            field=self._field_of(error.tensor),
             expected=error.expected,
             actual=error.actual,
         )
