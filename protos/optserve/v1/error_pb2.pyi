@@ -222,8 +222,8 @@ class Refusal(_message.Message):
     message: _builtins.str
     """message for a person."""
     field: _builtins.str
-    """field at fault, as a path from the call's request or, on a stream, from the event's message: "spec.parameters[2].shape"
-    in CreateSessionRequest, "gradients[2].shape" in StepBegin. Empty: no single field.
+    """field at fault, as a path from the request message of the call ("spec.parameters[2].shape", "begin.targets"); of a step,
+    from StepBegin or StepRequest, which have the same names ("gradients[2].shape"). Empty: no single field.
     """
     expected: _builtins.str
     """expected is what would have been right. Empty: there is no short word for it."""

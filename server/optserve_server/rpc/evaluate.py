@@ -88,11 +88,11 @@ async def evaluate_stream(
     actor = registry.find(begin.session_id)
     _check_there(begin)
     specs = [
-        decode.tensor_spec(begin.predictions, limits, "predictions"),
-        decode.tensor_spec(begin.targets, limits, "targets"),
+        decode.tensor_spec(begin.predictions, limits, "begin.predictions"),
+        decode.tensor_spec(begin.targets, limits, "begin.targets"),
     ]
     with registry.budget.reserved(
-        _bytes_of(specs, registry), what="the evaluation", field="predictions"
+        _bytes_of(specs, registry), what="the evaluation", field="begin.predictions"
     ):
         received = [registry.surroundings.device.staging(spec) for spec in specs]
         receiver = transfer.Receiver(received, _field_of, limits)
@@ -124,7 +124,7 @@ async def evaluate_stream(
 
 def _field_of(tensor: int) -> str:
     """Return the field of LossBegin that announced a tensor; for one that none did, the chunks."""
-    return ("predictions", "targets", "chunks")[min(tensor, 2)]
+    return ("begin.predictions", "begin.targets", "chunks")[min(tensor, 2)]
 
 
 def _check_there(request: pb.EvaluateLossRequest | pb.LossBegin) -> None:

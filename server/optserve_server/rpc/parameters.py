@@ -31,16 +31,16 @@ async def upload(
     if begin.WhichOneof("event") != "begin":
         raise EventOutOfOrderError("an upload begins with `begin`", field="event", expected="begin")
     actor = registry.find(begin.begin.session_id)
-    specs = decode.tensor_specs(begin.begin.parameters, limits, "parameters")
+    specs = decode.tensor_specs(begin.begin.parameters, limits, "begin.parameters")
     if not specs:
         raise MissingFieldError(
-            "the upload announces no parameter", field="parameters", expected="a parameter"
+            "the upload announces no parameter", field="begin.parameters", expected="a parameter"
         )
-    positions = actor.positions_of(specs, "parameters")
+    positions = actor.positions_of(specs, "begin.parameters")
     count = sum(spec.byte_count for spec in specs)
-    with registry.budget.reserved(count, what="the upload", field="parameters"):
+    with registry.budget.reserved(count, what="the upload", field="begin.parameters"):
         values = [registry.surroundings.device.staging(spec) for spec in specs]
-        receiver = transfer.Receiver(values, "parameters[{}]".format, limits)
+        receiver = transfer.Receiver(values, "begin.parameters[{}]".format, limits)
         while (request := await transfer.next_or_none(requests, limits)) is not None:
             if request.WhichOneof("event") != "chunks":
                 raise EventOutOfOrderError(
