@@ -17,8 +17,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 from google.protobuf import descriptor_pb2 as pb
+from google.protobuf import descriptor_pool, message_factory, text_format
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = Path("optserve") / "v1"
@@ -44,8 +46,8 @@ def main() -> int:
         return 0
     paths = wanted.keys() | present.keys()
     stale = sorted(str(path) for path in paths if wanted.get(path) != present.get(path))
-    for path in stale:
-        print(f"protos/{path} is out of date: run `make generate`", file=sys.stderr)
+    for name in stale:
+        print(f"protos/{name} is out of date: run `make generate`", file=sys.stderr)
     return 1 if stale else 0
 
 
@@ -55,9 +57,10 @@ def generate(target: Path) -> None:
     descriptors = target / "descriptors.binpb"
     scripts = Path(sys.executable).parent  # protoc looks its plug-ins up on the PATH.
     protoc = subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", f"--proto_path={ROOT}", "--include_source_info"]
+        [sys.executable, "-m", "grpc_tools.protoc", f"--proto_path={ROOT}"]
         + [f"--{kind}_out={target}" for kind in ("python", "grpc_python", "mypy")]
-        + [f"--mypy_grpc_out={target}", f"--descriptor_set_out={descriptors}", *protos],
+        + [f"--mypy_grpc_out={target}", f"--descriptor_set_out={descriptors}"]
+        + ["--include_imports", "--include_source_info", *protos],
         env=os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"},
         capture_output=True,
         text=True,
@@ -68,7 +71,7 @@ def generate(target: Path) -> None:
     for path in target.rglob("*_pb2_grpc.py*"):
         if "Stub" not in path.read_text():
             path.unlink()  # A file without a service has nothing to say.
-    files = pb.FileDescriptorSet.FromString(descriptors.read_bytes()).file
+    files = _parsed(descriptors.read_bytes())
     descriptors.unlink()
     listed = [file for file in files if file.name.rpartition("/")[2] in CATALOGUE]
     help_texts = {name: text for file in listed for name, text in _help_texts(file)}
@@ -77,12 +80,27 @@ def generate(target: Path) -> None:
     (target / "surface.txt").write_text("".join(surface))
 
 
+def _parsed(descriptors: bytes) -> list[pb.FileDescriptorProto]:
+    """Return the contract's files, with the options that the contract itself defines.
+
+    The descriptors that protobuf comes with do not know them: those in the set do.
+    """
+    pool = descriptor_pool.DescriptorPool()
+    for file in pb.FileDescriptorSet.FromString(descriptors).file:
+        pool.AddSerializedFile(file.SerializeToString())
+    described = pool.FindMessageTypeByName(pb.FileDescriptorSet.DESCRIPTOR.full_name)
+    parsed = message_factory.GetMessageClass(described).FromString(descriptors)
+    files = cast("pb.FileDescriptorSet", parsed).file  # The same message, of the other pool.
+    return [file for file in files if Path(file.package.replace(".", "/")) == PACKAGE]
+
+
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file())
 
 
 def _is_generated(path: Path) -> bool:
-    return "_pb2" in path.name or path.name in ("help.json", "surface.txt")
+    is_stub = "_pb2" in path.name and path.suffix in (".py", ".pyi")  # Not what Python compiles.
+    return is_stub or path.name in ("help.json", "surface.txt")
 
 
 def _help_texts(file: pb.FileDescriptorProto) -> Iterator[tuple[str, str]]:
@@ -107,7 +125,7 @@ def _help_texts(file: pb.FileDescriptorProto) -> Iterator[tuple[str, str]]:
 
 
 def _surface(file: pb.FileDescriptorProto) -> Iterator[str]:
-    """Yield a line for each rpc, field and enum value: what a change of the contract can break."""
+    """Yield a line for each thing that a change of the contract can break."""
     for service in file.service:
         for rpc in service.method:
             request = ("stream " if rpc.client_streaming else "") + rpc.input_type
@@ -116,17 +134,32 @@ def _surface(file: pb.FileDescriptorProto) -> Iterator[str]:
     for enum in file.enum_type:
         for value in enum.value:
             yield f"enum {file.package}.{enum.name} {value.number} {value.name}"
+        for each in enum.reserved_range:  # With their last one; a message's are without.
+            yield f"reserved {file.package}.{enum.name} {each.start} to {each.end}"
+        for name in enum.reserved_name:
+            yield f"reserved {file.package}.{enum.name} {name}"
+    for extension in file.extension:
+        kind, extended = extension.type_name, extension.extendee
+        yield f"extension {file.package}.{extension.name} {extension.number} {kind} of {extended}"
     for message in file.message_type:
+        yield f"message {file.package}.{message.name}"
         for field in message.field:
-            kind = field.type_name or pb.FieldDescriptorProto.Type.Name(field.type)[5:].lower()
-            repeated = field.label == pb.FieldDescriptorProto.LABEL_REPEATED
-            label = "repeated " if repeated else "optional " if field.proto3_optional else ""
-            in_oneof = field.HasField("oneof_index") and not field.proto3_optional
-            oneof = f" oneof {message.oneof_decl[field.oneof_index].name}" if in_oneof else ""
-            what = f"{label}{kind} {field.name}{oneof}"
-            yield f"field {file.package}.{message.name} {field.number} {what}"
-        for reserved in message.reserved_range:
-            yield f"reserved {file.package}.{message.name} {reserved.start} to {reserved.end - 1}"
+            yield f"field {file.package}.{message.name} {field.number} {_described(field, message)}"
+        for numbers in message.reserved_range:
+            yield f"reserved {file.package}.{message.name} {numbers.start} to {numbers.end - 1}"
+        for name in message.reserved_name:
+            yield f"reserved {file.package}.{message.name} {name}"
+
+
+def _described(field: pb.FieldDescriptorProto, message: pb.DescriptorProto) -> str:
+    """Return a field's label, type, name, oneof and options: a tighter constraint breaks too."""
+    kind = field.type_name or pb.FieldDescriptorProto.Type.Name(field.type)[5:].lower()
+    repeated = field.label == pb.FieldDescriptorProto.LABEL_REPEATED
+    label = "repeated " if repeated else "optional " if field.proto3_optional else ""
+    in_oneof = field.HasField("oneof_index") and not field.proto3_optional
+    oneof = f" oneof {message.oneof_decl[field.oneof_index].name}" if in_oneof else ""
+    options = text_format.MessageToString(field.options, as_one_line=True)
+    return f"{label}{kind} {field.name}{oneof} {options}".rstrip()
 
 
 if __name__ == "__main__":
