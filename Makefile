@@ -35,7 +35,7 @@ exam: $(DEV) $(WHERE_NPM_IS) ## Examine every client against a real server
 
 check: $(DEV) $(GENERATE) ## Check style, types, the contract and the architecture; seconds
 	@$(BIN)/ruff check --quiet && $(BIN)/ruff format --quiet --check
-	@$(BIN)/mypy protos/optserve server client/python tests
+	@$(BIN)/mypy protos/optserve server client/python client/conformance tests
 	@exec $(BIN)/pytest --quiet tests/architecture
 
 fix: $(DEV) ## Put the style right, as far as a machine can
