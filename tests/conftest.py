@@ -8,7 +8,12 @@ import pytest
 from drivers import Driver
 from drivers_core import CoreDriver
 from drivers_grpc import StubDriver, served_in_process
+from hypothesis import settings
 from server_process import ServerProcess, running_server
+
+# How long an example takes says how busy the machine is; a test that hangs has a timeout.
+settings.register_profile("optserve", deadline=None)
+settings.load_profile("optserve")
 
 
 @pytest.fixture(scope="session")
