@@ -5,7 +5,6 @@ A row for each, with what torch does not check for itself, or would check by end
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,16 +18,16 @@ from optserve_server.core.errors import (
     ShapeMismatchError,
     TargetOutOfRangeError,
 )
+from optserve_server.core.kind import Kind
 from optserve_server.core.spec import Choice, Value
 from optserve_server.core.tensors import dtype_name
 
-_NOT_OFFERED = {"size_average", "reduce"}  # Deprecated: `reduction` says it all.
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossKind:
+@dataclass(frozen=True, kw_only=True)
+class LossKind(Kind):
     """One of torch's losses."""
 
+    not_offered = frozenset({"size_average", "reduce"})  # Deprecated: `reduction` says it all.
     torch_class: type[torch.nn.Module]
     check: Callable[[torch.nn.Module, Tensor, Tensor], None]
     """Refuse predictions and targets that do not fit each other or the loss."""
@@ -36,20 +35,6 @@ class LossKind:
     """Whether the argument ``weight`` is one number for each class."""
     accuracy: Callable[[torch.nn.Module, Tensor, Tensor], float | None] = lambda *_: None
     """Share of right predictions; None where there is none to speak of."""
-
-    @property
-    def name(self) -> str:
-        """Torch's name, which is the name of the message too."""
-        return self.torch_class.__name__
-
-    @property
-    def defaults(self) -> dict[str, Value | None]:
-        """Torch's default of each argument on offer; None for "no tensor"."""
-        return {
-            name: parameter.default
-            for name, parameter in inspect.signature(self.torch_class).parameters.items()
-            if name not in _NOT_OFFERED
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +10,10 @@ import torch
 from torch import Tensor
 
 from optserve_server.core.errors import InvalidHyperparameterError
+from optserve_server.core.kind import Kind
 from optserve_server.core.spec import Value
 from optserve_server.core.tensors import dtype_name
 
-# About the caller's CUDA graph and autograd graph.
-_NOT_OFFERED = {"params", "capturable", "differentiable"}
 # Unlike the single element of torch's step counters, so that a probe can tell them apart.
 _PROBE_ELEMENTS = 3
 
@@ -47,10 +45,12 @@ def _step_sgd(optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerKind:
+@dataclass(frozen=True, kw_only=True)
+class OptimizerKind(Kind):
     """One of torch's optimizers."""
 
+    # Two are about the caller's CUDA graph and autograd graph.
+    not_offered = frozenset({"params", "capturable", "differentiable"})
     torch_class: type[torch.optim.Optimizer]
     fixed: tuple[str, ...] = ()
     """Hyperparameters that torch reads only once, at construction.
@@ -65,23 +65,6 @@ class OptimizerKind:
 
     step: Callable[[torch.optim.Optimizer], None] = _step
     """Step the parameters that have a gradient."""
-
-    @property
-    def name(self) -> str:
-        """Torch's name, which is the name of the message too."""
-        return self.torch_class.__name__
-
-    @property
-    def defaults(self) -> dict[str, Value | None]:
-        """Torch's default of each hyperparameter on offer.
-
-        None where torch decides at each step.
-        """
-        return {
-            name: parameter.default
-            for name, parameter in inspect.signature(self.torch_class).parameters.items()
-            if name not in _NOT_OFFERED
-        }
 
 
 OPTIMIZERS: dict[str, OptimizerKind] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,34 +15,17 @@ from optserve_server.core.errors import (
     ScheduleFailedError,
 )
 from optserve_server.core.expression import Expression
+from optserve_server.core.kind import Kind
 from optserve_server.core.limits import Limits
 from optserve_server.core.spec import Choice, Value
 
-_NOT_OFFERED = {"optimizer", "last_epoch"}  # The session has the one and keeps the other.
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerKind:
+@dataclass(frozen=True, kw_only=True)
+class SchedulerKind(Kind):
     """One of torch's schedulers."""
 
+    not_offered = frozenset({"optimizer", "last_epoch"})  # One is the session, one its count.
     torch_class: type[torch.optim.lr_scheduler.LRScheduler]
-
-    @property
-    def name(self) -> str:
-        """Torch's name, which is the name of the message too."""
-        return self.torch_class.__name__
-
-    @property
-    def defaults(self) -> dict[str, Value | None]:
-        """Torch's default of each argument on offer.
-
-        None where there is none, and the argument is required.
-        """
-        return {
-            name: None if parameter.default is parameter.empty else parameter.default
-            for name, parameter in inspect.signature(self.torch_class).parameters.items()
-            if name not in _NOT_OFFERED
-        }
 
 
 SCHEDULERS: dict[str, SchedulerKind] = {

@@ -54,7 +54,7 @@ def _kinds(message: Descriptor) -> list[FieldDescriptor]:
 def _optimizer_defaults(kind: str) -> dict[str, Value | None]:
     """Return what is in force if nothing is given; None where torch decides at each step."""
     torch_kind = OPTIMIZERS[kind]
-    return torch_kind.defaults | optimizers.effective_hyperparameters(torch_kind, {})
+    return {**torch_kind.defaults, **optimizers.effective_hyperparameters(torch_kind, {})}
 
 
 def _scheduler_defaults(kind: str) -> dict[str, Value | None]:
