@@ -73,7 +73,7 @@ def _plan(
         loss=loss,
         allow_non_finite=old.allow_non_finite if policy is None else policy,
         display_name=(
-            decode.display_name(request.display_name, limits)
+            decode.display_name(request.display_name, limits, "display_name")
             if request.HasField("display_name")
             else old.display_name
         ),

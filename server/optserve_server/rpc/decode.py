@@ -141,14 +141,14 @@ def non_finite(value: int) -> bool | None:
     )
 
 
-def display_name(name: str, limits: Limits) -> str:
+def display_name(name: str, limits: Limits, field: str) -> str:
     """Decode a name for people, which may be empty.
 
     Raises:
         InvalidNameError: It is too long, or holds control characters.
     """
     if name:
-        check_name(name, limits, "display_name")
+        check_name(name, limits, field)
     return name
 
 

@@ -61,7 +61,7 @@ def session_spec(message: session_pb2.SessionSpec, limits: Limits) -> SessionSpe
     if scheduler:
         scheduler = Choice(kind=scheduler.kind, arguments=schedulers.effective_arguments(scheduler))
     return SessionSpec(
-        display_name=decode.display_name(message.display_name, limits),
+        display_name=decode.display_name(message.display_name, limits, "spec.display_name"),
         parameters=tuple(parameters),
         optimizer=Choice(
             kind=optimizer.kind,

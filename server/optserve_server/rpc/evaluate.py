@@ -35,7 +35,7 @@ async def evaluate(
     """
     limits = registry.limits
     actor = registry.find(request.session_id)
-    _check_there(request)
+    _check_there(request, "")
     specs = [
         decode.tensor_spec(request.predictions.header, limits, "predictions.header"),
         decode.tensor_spec(request.targets.header, limits, "targets.header"),
@@ -86,7 +86,7 @@ async def evaluate_stream(
         )
     begin = first.begin
     actor = registry.find(begin.session_id)
-    _check_there(begin)
+    _check_there(begin, "begin.")
     specs = [
         decode.tensor_spec(begin.predictions, limits, "begin.predictions"),
         decode.tensor_spec(begin.targets, limits, "begin.targets"),
@@ -127,11 +127,11 @@ def _field_of(tensor: int) -> str:
     return ("begin.predictions", "begin.targets", "chunks")[min(tensor, 2)]
 
 
-def _check_there(request: pb.EvaluateLossRequest | pb.LossBegin) -> None:
+def _check_there(request: pb.EvaluateLossRequest | pb.LossBegin, path: str) -> None:
     for field in ("predictions", "targets"):
         if not request.HasField(field):
             raise MissingFieldError(
-                f"an evaluation needs {field}", field=field, expected="a tensor"
+                f"an evaluation needs {field}", field=path + field, expected="a tensor"
             )
 
 
