@@ -14,6 +14,8 @@ from optserve.v1.optimizer_pb2 import Optimizer
 from optserve.v1.scheduler_pb2 import Scheduler, ScheduleUnit
 from optserve.v1.session_pb2 import ParameterGroup, SessionSpec
 
+B_GROUP = ParameterGroup(name="bias", parameters=["b"])
+
 STEPS_UNIT = ScheduleUnit.SCHEDULE_UNIT_STEPS
 EPOCHS_UNIT = ScheduleUnit.SCHEDULE_UNIT_EPOCHS
 

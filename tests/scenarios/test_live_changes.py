@@ -12,15 +12,13 @@ from google.protobuf.message import Message
 from messages import message_of
 from parity.cases import SCHEDULERS, SchedulerCase, choose
 from refusals import refused
-from scenarios.models import EPOCHS_UNIT, assert_same, create, gradients, model, spec
+from scenarios.models import B_GROUP, EPOCHS_UNIT, assert_same, create, gradients, model, spec
 
 from optserve.v1.loss_pb2 import CrossEntropyLoss, L1Loss, Loss, MSELoss
 from optserve.v1.optimizer_pb2 import SGD, Adagrad, Adam, Optimizer, RMSprop
 from optserve.v1.optimizer_service_pb2 import UpdateSessionRequest
 from optserve.v1.scheduler_pb2 import ExponentialLR
 from optserve.v1.session_pb2 import NonFinitePolicy, ParameterGroup
-
-B_GROUP = ParameterGroup(name="bias", parameters=["b"])
 
 
 def _change(

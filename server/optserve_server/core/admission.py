@@ -87,8 +87,8 @@ class Budget:
         """Give back what was promised."""
         self._set(self.reserved_bytes - count)
 
-    def check_session(self, count: int) -> None:
-        """Make sure that no session is larger than allowed.
+    def check_session(self, count: int, *, field: str) -> None:
+        """Make sure that no session is larger than allowed; ``field`` as in reserve().
 
         Raises:
             LimitExceededError: It is.
@@ -96,7 +96,7 @@ class Budget:
         if count > self._limits.session_bytes_max:
             raise LimitExceededError(
                 f"the session needs {count} bytes; one may have {self._limits.session_bytes_max}",
-                field="spec.parameters",
+                field=field,
                 expected=f"at most {self._limits.session_bytes_max} bytes",
                 actual=f"{count} bytes",
             )

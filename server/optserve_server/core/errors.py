@@ -42,6 +42,9 @@ Everything else that is raised is the server's own fault, and never shown to a c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class OptserveError(Exception):
     """A refusal: the message for a person, and the facts for a machine."""
@@ -70,6 +73,17 @@ class OptserveError(Exception):
         self.expected = str(expected)
         self.actual = str(actual)
         self.retry_after_s = retry_after_s
+
+
+@contextmanager
+def within(path: str) -> Iterator[None]:
+    """Put ``path`` before the field of whatever is refused in the block."""
+    try:
+        yield
+    except OptserveError as error:
+        if error.field:
+            error.field = f"{path}.{error.field}"
+        raise
 
 
 class CallerError(OptserveError):

@@ -122,7 +122,7 @@ class SessionRegistry:
         Raises:
             LimitError: There is no room for it. Nothing was changed.
         """
-        self.budget.check_session(count)
+        self.budget.check_session(count, field="optimizer")
         growth = max(0, count - actor.reserved_bytes)
         self.budget.reserve(growth, what="the change", field="optimizer")
         try:
@@ -165,8 +165,8 @@ class SessionRegistry:
         """Reserve a session's memory, and take it; return how much that is beside the session."""
         surroundings = self.surroundings
         count = await self._run(lambda: self._measure(spec))
-        self.budget.check_session(count)
-        self.budget.reserve(count, what="the session", field="spec.parameters")
+        self.budget.check_session(count, field="parameters")
+        self.budget.reserve(count, what="the session", field="parameters")
         try:
             session = await self._run(lambda: Session(spec, surroundings.device, self.limits))
         except BaseException:

@@ -50,9 +50,7 @@ def effective_arguments(choice: Choice) -> dict[str, Value]:
         return dict(choice.arguments)  # Schedule demands exactly one of their two forms.
     for name, default in defaults.items():
         if default is None and name not in choice.arguments:
-            raise MissingFieldError(
-                f"{choice.kind} needs {name}", field=f"scheduler.{name}", expected=name
-            )
+            raise MissingFieldError(f"{choice.kind} needs {name}", field=name, expected=name)
     values = {**defaults, **choice.arguments}
     return {name: value for name, value in values.items() if value is not None}
 

@@ -42,7 +42,7 @@ async def update(request: UpdateSessionRequest, registry: SessionRegistry) -> Se
     actor = registry.find(request.session_id)
     async with actor.writing() as session:
         plan = await actor.work.run(lambda: _plan(request, session, device, limits))
-        encode.check_fits(plan.spec, limits)
+        encode.check_fits(plan.spec, limits, "loss")
         with registry.resized(actor, plan.reserved_bytes):
             session.change(plan.spec, plan.rates_set)
     return actor
@@ -65,7 +65,7 @@ def _plan(
     loss = old.loss
     if request.HasField("loss"):
         loss = decode_spec.choice(request.loss, "loss", limits)
-    policy = decode.non_finite(request.non_finite)
+    policy = decode.non_finite(request.non_finite, "non_finite")
     spec = dataclasses.replace(
         old,
         optimizer=Choice(kind=kind.name, arguments={**old.optimizer.arguments, **common}),

@@ -128,17 +128,15 @@ def split(value: int) -> Split:
     return enum(_SPLITS, value, "split")
 
 
-def non_finite(value: int) -> bool | None:
+def non_finite(value: int, field: str) -> bool | None:
     """Decode a policy as whether to allow; None where it is not set.
 
     Raises:
         InvalidFieldError: There is none of this number.
     """
-    return (
-        None
-        if value == session_pb2.NON_FINITE_POLICY_UNSPECIFIED
-        else enum(_NON_FINITE, value, "non_finite")
-    )
+    if value == session_pb2.NON_FINITE_POLICY_UNSPECIFIED:
+        return None
+    return enum(_NON_FINITE, value, field)
 
 
 def display_name(name: str, limits: Limits, field: str) -> str:

@@ -17,6 +17,7 @@ from optserve_server.core.errors import (
     LimitExceededError,
     MissingFieldError,
     UnknownNameError,
+    within,
 )
 from optserve_server.core.limits import Limits
 from optserve_server.core.optimizers import OPTIMIZERS, OptimizerKind
@@ -59,7 +60,9 @@ def session_spec(message: session_pb2.SessionSpec, limits: Limits) -> SessionSpe
         else None
     )
     if scheduler:
-        scheduler = Choice(kind=scheduler.kind, arguments=schedulers.effective_arguments(scheduler))
+        with within(f"spec.scheduler.{message.scheduler.WhichOneof('kind')}"):
+            arguments = schedulers.effective_arguments(scheduler)
+        scheduler = Choice(kind=scheduler.kind, arguments=arguments)
     return SessionSpec(
         display_name=decode.display_name(message.display_name, limits, "spec.display_name"),
         parameters=tuple(parameters),
@@ -76,7 +79,7 @@ def session_spec(message: session_pb2.SessionSpec, limits: Limits) -> SessionSpe
         schedule_unit=decode.enum(_UNITS, message.scheduler.unit, "spec.scheduler.unit"),
         loss=choice(message.loss, "spec.loss", limits) if message.HasField("loss") else None,
         workers=_workers(message.workers, limits),
-        allow_non_finite=bool(decode.non_finite(message.non_finite)),
+        allow_non_finite=bool(decode.non_finite(message.non_finite, "spec.non_finite")),
         loss_points_max=_loss_points_max(message.limits, limits),
         round_timeout_s=_round_timeout_s(message.limits, limits),
     )
@@ -347,11 +350,18 @@ def _loss_points_max(own: session_pb2.SessionLimits, limits: Limits) -> int:
 def _round_timeout_s(own: session_pb2.SessionLimits, limits: Limits) -> float:
     if not own.HasField("round_timeout_s"):
         return limits.round_timeout_s
-    if not 0 < own.round_timeout_s <= limits.round_timeout_s:
-        raise LimitExceededError(
-            f"a step may wait above 0 and at most {limits.round_timeout_s:g} s for other workers",
+    if not own.round_timeout_s > 0:  # Nor NaN.
+        raise InvalidFieldError(
+            "a step must wait for a while",
             field="spec.limits.round_timeout_s",
-            expected=f"above 0, at most {limits.round_timeout_s:g}",
+            expected="above 0",
+            actual=own.round_timeout_s,
+        )
+    if own.round_timeout_s > limits.round_timeout_s:
+        raise LimitExceededError(
+            f"a step may wait {limits.round_timeout_s:g} s for other workers",
+            field="spec.limits.round_timeout_s",
+            expected=f"at most {limits.round_timeout_s:g}",
             actual=own.round_timeout_s,
         )
     return own.round_timeout_s

@@ -107,7 +107,7 @@ def session_spec(spec: SessionSpec) -> session_pb2.SessionSpec:
     )
 
 
-def check_fits(spec: SessionSpec, limits: Limits) -> None:
+def check_fits(spec: SessionSpec, limits: Limits, field: str) -> None:
     """Make sure that a session can be answered with in one message: it names a parameter twice.
 
     Raises:
@@ -118,7 +118,7 @@ def check_fits(spec: SessionSpec, limits: Limits) -> None:
         raise LimitExceededError(
             f"the session's spec has {count} bytes as a message; {most} are allowed:"
             " use fewer parameters, shorter names, or a smaller weight",
-            field="spec",
+            field=field,
             expected=f"at most {most} bytes",
             actual=f"{count} bytes",
         )

@@ -13,7 +13,7 @@ import torch
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceServicer
 from optserve_server import __version__
-from optserve_server.core.errors import TooManyError
+from optserve_server.core.errors import TooManyError, within
 from optserve_server.core.events import Direction
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.rpc import change, decode, decode_spec, encode, evaluate, parameters, train
@@ -46,9 +46,10 @@ class OptimizerServicer(OptimizerServiceServicer):
     ) -> pb.CreateSessionResponse:
         """Create a session, with values for its parameters if they came along."""
         spec = decode_spec.session_spec(request.spec, self._limits)
-        encode.check_fits(spec, self._limits)
+        encode.check_fits(spec, self._limits, "spec.parameters")
         values = decode_spec.values(request.values, spec, self._limits)
-        actor = await self._registry.create(spec)
+        with within("spec"):
+            actor = await self._registry.create(spec)
         _LOGGER.info(
             "session created",
             extra={
