@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from drivers import Driver, take
 from messages import bytes_of, headers_of
 from parity.cases import OPTIMIZERS, SCHEDULERS, OptimizerCase, SchedulerCase
-from parity.trajectories import assert_same_bits, initial_parameters, local, served, spec_of
+from parity.trajectories import (
+    assert_same_bits,
+    hyperparameters_of,
+    initial_parameters,
+    local,
+    served,
+    spec_of,
+)
 
 from optserve.v1.optimizer_pb2 import Optimizer
 from optserve.v1.scheduler_pb2 import Scheduler
-from optserve.v1.session_pb2 import Session, SessionSpec
+from optserve.v1.session_pb2 import SessionSpec
 
 FIRST_OF_KIND = {case.kind: case for case in reversed(OPTIMIZERS)}
 """One case of each optimizer meets every scheduler; each of the others meets one, in turn."""
@@ -44,7 +49,7 @@ def test_fifty_steps_through_a_real_server_are_those_of_torch(
     session = process_driver.create(spec, initial_parameters())
     through_server = served(process_driver, session, scheduler)
     process_driver.delete(session.status.session_id)
-    by_torch = local(optimizer, scheduler, _hyperparameters(optimizer, session))
+    by_torch = local(optimizer, scheduler, hyperparameters_of(optimizer, session))
     assert_same_bits(through_server, by_torch)
 
 
@@ -61,7 +66,7 @@ def test_it_holds_for_other_data_types(
     session = process_driver.create(spec, initial_parameters(dtype))
     through_server = served(process_driver, session, None, dtype)
     process_driver.delete(session.status.session_id)
-    by_torch = local(optimizer, None, _hyperparameters(optimizer, session), dtype)
+    by_torch = local(optimizer, None, hyperparameters_of(optimizer, session), dtype)
     assert_same_bits(through_server, by_torch)
 
 
@@ -81,7 +86,7 @@ def test_it_holds_for_tensors_of_many_chunks(
     session = process_driver.create(spec)
     process_driver.upload(session.status.session_id, {"weight": weight})
     torch_optimizer = optimizer.torch_class(
-        [weight], **_hyperparameters(optimizer, session)["default"]
+        [weight], **hyperparameters_of(optimizer, session)["default"]
     )
     with process_driver.worker(session.status.session_id) as worker:
         for step, gradient in enumerate(gradients, start=1):
@@ -99,15 +104,3 @@ def test_the_table_has_every_optimizer_and_every_scheduler_of_the_contract() -> 
     ):
         arms = choice.DESCRIPTOR.oneofs_by_name["kind"].fields
         assert kinds == {arm.message_type.name for arm in arms if arm.message_type}
-
-
-def _hyperparameters(optimizer: OptimizerCase, session: Session) -> dict[str, dict[str, Any]]:
-    """Return what torch gets for each group: what was asked for, fused as the session says."""
-    found: dict[str, dict[str, Any]] = {}
-    for group in session.spec.groups:
-        own = optimizer.own if group.name == "head" else {}
-        found[group.name] = {**optimizer.hyperparameters, **own}
-        in_force = getattr(group.overrides, str(group.overrides.WhichOneof("kind")))
-        if "fused" in in_force.DESCRIPTOR.fields_by_name and in_force.HasField("fused"):
-            found[group.name]["fused"] = in_force.fused
-    return found

@@ -101,6 +101,7 @@ def local(
     scheduler: SchedulerCase | None,
     hyperparameters: Mapping[str, Mapping[str, Any]],
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Trajectory:
     """Take the same steps with torch alone.
 
@@ -109,8 +110,9 @@ def local(
         scheduler: Which one to build over it.
         hyperparameters: Of each group, by its name.
         dtype: Of parameters and gradients.
+        device: Where they live; what is returned lives on the CPU.
     """
-    model = initial_parameters(dtype)
+    model = {name: value.to(device) for name, value in initial_parameters(dtype).items()}
     members = {"default": [name for name in model if name not in HEAD], "head": list(HEAD)}
     if "head" not in hyperparameters:
         members["default"] = list(model)
@@ -128,7 +130,7 @@ def local(
             dict(zip(hyperparameters, [g["lr"] for g in torch_optimizer.param_groups], strict=True))
         )
         _step(torch_optimizer, model, gradients)
-        parameters.append({name: parameter.clone() for name, parameter in model.items()})
+        parameters.append({name: value.clone().cpu() for name, value in model.items()})
         if (
             torch_scheduler
             and scheduler
@@ -136,6 +138,18 @@ def local(
         ):
             torch_scheduler.step()
     return Trajectory(rates=rates, parameters=parameters)
+
+
+def hyperparameters_of(optimizer: OptimizerCase, session: Session) -> dict[str, dict[str, Any]]:
+    """Return what torch gets for each group: what was asked for, fused as the session says."""
+    found: dict[str, dict[str, Any]] = {}
+    for group in session.spec.groups:
+        own = optimizer.own if group.name == "head" else {}
+        found[group.name] = {**optimizer.hyperparameters, **own}
+        in_force = getattr(group.overrides, str(group.overrides.WhichOneof("kind")))
+        if "fused" in in_force.DESCRIPTOR.fields_by_name and in_force.HasField("fused"):
+            found[group.name]["fused"] = in_force.fused
+    return found
 
 
 def assert_same_bits(actual: Trajectory, expected: Trajectory) -> None:
@@ -160,5 +174,5 @@ def _step(
     for names in ([name] for name in model) if one_by_one else [list(model)]:
         for name, parameter in model.items():
             present = name in names and name in gradients
-            parameter.grad = gradients[name].clone() if present else None
+            parameter.grad = gradients[name].clone().to(parameter.device) if present else None
         optimizer.step()
