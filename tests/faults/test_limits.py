@@ -12,15 +12,13 @@ from drivers import take
 from event_loop import TIMEOUT_S
 from faults.ground import Ground, Mistakes, ground, rich_spec
 from faults.spec_changes import Change, group, grouped, many_parameters, named, scheduled, shaped
-from messages import header_of
-from refusals import RefusedError, refused, translated
+from refusals import RefusedError, refused
 from scenarios.models import gradients, model, spec
 
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.optimizer_pb2 import SGD
 from optserve.v1.scheduler_pb2 import LambdaLR, MultiStepLR
 from optserve.v1.session_pb2 import Split
-from optserve.v1.tensor_pb2 import TensorChunk, TensorChunks
 from optserve_server.config import Config
 from optserve_server.core.limits import Limits
 
@@ -48,14 +46,12 @@ def _evaluated(where: Ground) -> None:
 
 
 def _sent_in_one_chunk(where: Ground) -> None:
-    begin = pb.UploadBegin(session_id=where.session_id, parameters=[header_of("w", model()["w"])])
-    chunks = TensorChunks(chunks=[TensorChunk(data=bytes(60))])
-    requests = [
-        pb.UploadParametersRequest(begin=begin),
-        pb.UploadParametersRequest(chunks=chunks),
-    ]
-    with translated():
-        where.driver.stub.UploadParameters(iter(requests), timeout=TIMEOUT_S)
+    values = {"w": torch.zeros(100)}
+    session_id = where.driver.create(spec(SGD(), parameters=values)).status.session_id
+    try:
+        where.driver.upload(session_id, values)
+    finally:
+        where.driver.delete(session_id)
 
 
 LIMITS: dict[str, tuple[Limits, Act, str, str]] = {
@@ -86,7 +82,7 @@ LIMITS: dict[str, tuple[Limits, Act, str, str]] = {
         "predictions",
     ),
     "chunk_bytes_max": (
-        Limits(chunk_bytes_max=59),
+        Limits(chunk_bytes_max=399),
         _sent_in_one_chunk,
         "LIMIT_EXCEEDED",
         "chunks",
@@ -224,13 +220,15 @@ def test_a_momentum_that_no_memory_is_left_for_is_refused() -> None:
 
 
 def test_a_download_keeps_to_the_size_of_chunks() -> None:
-    with ground(Limits(chunk_bytes_max=16)) as where:
-        request = pb.DownloadParametersRequest(session_id=where.session_id)
+    values = {"w": torch.zeros(100)}
+    with ground(Limits(chunk_bytes_max=160)) as where:
+        session = where.driver.create(spec(SGD(), parameters=values), values)
+        request = pb.DownloadParametersRequest(session_id=session.status.session_id)
         responses = list(where.driver.stub.DownloadParameters(request, timeout=TIMEOUT_S))
         sizes = [
             sum(len(chunk.data) for chunk in response.chunks.chunks) for response in responses[1:]
         ]
-        assert sizes == [16] * 5
+        assert sizes == [160, 160, 80]
 
 
 def test_a_round_that_is_not_complete_in_the_server_s_time_is_refused() -> None:
