@@ -56,7 +56,10 @@ STATUS: dict[type[errors.OptserveError], _Row] = {
 }  # fmt: skip
 """Status code and reason of every leaf of the error tree; a test proves it total."""
 
-_FACT_CHARS_MAX = 512  # Trailers are metadata, of which peers take 8 KiB in all.
+# A status travels in the trailers, of which peers take 8 KiB in all: the message twice, once of
+# them in base64 and once with three characters for a byte; a description; and three facts.
+_MESSAGE_BYTES_MAX = 768
+_FACT_BYTES_MAX = 384
 
 
 def reason_of(error: errors.OptserveError) -> str:
@@ -106,9 +109,9 @@ async def _abort(
     info = error_details_pb2.ErrorInfo(
         reason=reason,
         domain=DOMAIN,
-        metadata={name: fact[:_FACT_CHARS_MAX] for name, fact in facts.items() if fact},
+        metadata={name: _short(fact, _FACT_BYTES_MAX) for name, fact in facts.items() if fact},
     )
-    rich = status_pb2.Status(code=code.value[0], message=message[: 2 * _FACT_CHARS_MAX])
+    rich = status_pb2.Status(code=code.value[0], message=_short(message, _MESSAGE_BYTES_MAX))
     for detail in (info, *details):
         packed = AnyMessage()
         packed.Pack(detail)
@@ -119,19 +122,26 @@ async def _abort(
 
 def _details(error: errors.OptserveError) -> list[Any]:
     details: list[Any] = []
+    description = _short(error.message, _FACT_BYTES_MAX)
     if isinstance(error, errors.CallerError) and error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field[:_FACT_CHARS_MAX], description=error.message[:_FACT_CHARS_MAX]
+            field=_short(error.field, _FACT_BYTES_MAX), description=description
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, errors.LimitError):
         quota = error_details_pb2.QuotaFailure.Violation(
-            subject=error.field or "server", description=error.message[:_FACT_CHARS_MAX]
+            subject=error.field or "server", description=description
         )
         details.append(error_details_pb2.QuotaFailure(violations=[quota]))
     if error.retry_after_s is not None:
         details.append(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after_s)))
     return details
+
+
+def _short(text: str, bytes_max: int) -> str:
+    """Return the beginning of a text that is too long."""
+    data = text.encode()
+    return text if len(data) <= bytes_max else data[:bytes_max].decode(errors="ignore") + "..."
 
 
 def _duration(seconds: float) -> Duration:
