@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import threading
 from collections.abc import Callable
 
 from optserve_server.core.errors import InvalidExpressionError
@@ -50,6 +51,9 @@ _FUNCTIONS: dict[str, Callable[..., float]] = {
     "sqrt": math.sqrt,
 }
 _CONSTANTS = {"pi": math.pi, "e": math.e}
+# CPython 3.11 counts the depth of syntax trees for all threads together, and raises a SystemError
+# when two of them build one at the same time (python/cpython#106905).
+_PARSING = threading.Lock()
 _VARIABLE = "epoch"  # torch's name for the count, whatever is counted.
 
 _Node = Callable[[float], float]
@@ -78,7 +82,8 @@ class Expression:
         if len(text) > chars_max:
             raise self._error(f"has {len(text)} characters; at most {chars_max} are allowed")
         try:
-            tree = ast.parse(text.strip(), mode="eval")
+            with _PARSING:
+                tree = ast.parse(text.strip(), mode="eval")
         except (SyntaxError, ValueError, MemoryError, RecursionError):
             raise self._error("is not an expression") from None
         nodes = sum(isinstance(node, ast.expr) for node in ast.walk(tree))
