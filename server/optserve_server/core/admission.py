@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,11 +11,17 @@ from optserve_server.core.errors import LimitExceededError, MemoryExhaustedError
 from optserve_server.core.events import Observer
 from optserve_server.core.limits import Limits
 from optserve_server.core.optimizers import OPTIMIZERS, rehearse
-from optserve_server.core.spec import SessionSpec
+from optserve_server.core.spec import GroupSpec, SessionSpec
+from optserve_server.core.tensors import TensorSpec
 
 _PARAMETER_OVERHEAD_BYTES = (
     4096  # torch's and Python's objects around a parameter, its gradient and its state.
 )
+# What torch holds at a time beside parameters, gradients and state: so many tensors of the largest
+# one's size, or, if it treats all of a group together, of all of them. A test measures it.
+_TEMPORARIES_OF_ONE = 4
+_TEMPORARIES_OF_ALL = 3
+_NORM_ITEM_BYTES = 4  # The norm of 16-bit floats is that of a copy in 32 bits.
 _RETRY_AFTER_S = (
     5.0  # Sessions end when people end them; asking more often than this does not help.
 )
@@ -43,12 +49,24 @@ def session_bytes(spec: SessionSpec, device: torch.device) -> int:
             total += parameter.byte_count * (1 + spec.workers)
             total += parameter.element_count * state_bytes[parameter.dtype]
             total += _PARAMETER_OVERHEAD_BYTES
-        if not group.hyperparameters.get("fused"):
-            sizes = [parameter.byte_count for parameter in parameters]
-            # One tensor after the other, or all of them together.
-            together = group.hyperparameters.get("foreach", device.type == "cuda")
-            temporary_bytes = max(temporary_bytes, sum(sizes) if together else max(sizes))
+        temporary_bytes = max(temporary_bytes, _temporary_bytes(group, parameters, device))
     return total + temporary_bytes
+
+
+def _temporary_bytes(
+    group: GroupSpec, parameters: Sequence[TensorSpec], device: torch.device
+) -> int:
+    """Return how much memory a step of a group takes for a while."""
+    norms = [each.element_count for each in parameters if each.dtype.itemsize < _NORM_ITEM_BYTES]
+    norm_bytes = max(norms, default=0) * _NORM_ITEM_BYTES
+    if group.hyperparameters.get("fused"):
+        return norm_bytes
+    sizes = [parameter.byte_count for parameter in parameters]
+    together = group.hyperparameters.get("foreach", device.type == "cuda")
+    update_bytes = (
+        _TEMPORARIES_OF_ALL * sum(sizes) if together else _TEMPORARIES_OF_ONE * max(sizes)
+    )
+    return max(norm_bytes, update_bytes)
 
 
 class Budget:

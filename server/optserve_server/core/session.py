@@ -80,6 +80,11 @@ def norm_of(gradients: Sequence[Tensor | None]) -> float:
     return torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
 
 
+def _largest(gradient: Tensor) -> float:
+    """Return the largest magnitude; NaN if there is one. Takes no memory, unlike torch.isfinite."""
+    return torch.linalg.vector_norm(gradient, math.inf).item() if gradient.numel() else 0.0
+
+
 class Session:
     """One model being trained."""
 
@@ -182,7 +187,7 @@ class Session:
             return
         # The norm may only have overflowed: look at each of them.
         for position, gradient in enumerate(gradients):
-            if gradient is not None and not torch.isfinite(gradient).all():
+            if gradient is not None and not math.isfinite(_largest(gradient)):
                 name = self.spec.parameters[position].name
                 raise NonFiniteGradientError(
                     f"the gradient of {name!r} holds a NaN or an infinity;"
