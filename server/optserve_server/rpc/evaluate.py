@@ -42,16 +42,7 @@ async def evaluate(
     ]
     decode.check_byte_count(specs[0], len(request.predictions.data), "predictions.data")
     decode.check_byte_count(specs[1], len(request.targets.data), "targets.data")
-    if 2 * specs[0].byte_count > limits.message_bytes_max - MESSAGE_HEADROOM_BYTES and _wants(
-        request
-    ):
-        raise LimitExceededError(
-            f"the answer would hold the gradient's {specs[0].byte_count} bytes;"
-            " use EvaluateLossStream",
-            field="predictions",
-            expected=f"at most {(limits.message_bytes_max - MESSAGE_HEADROOM_BYTES) // 2} bytes",
-            actual=f"{specs[0].byte_count} bytes",
-        )
+    _check_answer_fits(actor, request, specs[0], limits.message_bytes_max - MESSAGE_HEADROOM_BYTES)
     with registry.budget.reserved(
         _bytes_of(specs, registry), what="the evaluation", field="predictions"
     ):
@@ -133,6 +124,22 @@ def _check_there(request: pb.EvaluateLossRequest | pb.LossBegin, path: str) -> N
             raise MissingFieldError(
                 f"an evaluation needs {field}", field=path + field, expected="a tensor"
             )
+
+
+def _check_answer_fits(
+    actor: SessionActor, request: pb.EvaluateLossRequest, predictions: TensorSpec, bytes_max: int
+) -> None:
+    """Make sure that gradient and elements fit into the answer, before they are computed."""
+    loss = actor.spec.loss
+    elementwise = loss is not None and loss.arguments.get("reduction") == "none"
+    count = predictions.byte_count * (_wants(request) + elementwise)
+    if count > bytes_max:
+        raise LimitExceededError(
+            f"gradient and elements would have {count} bytes; use EvaluateLossStream",
+            field="predictions",
+            expected=f"at most {bytes_max} bytes",
+            actual=f"{count} bytes",
+        )
 
 
 def _wants(request: pb.EvaluateLossRequest | pb.LossBegin) -> bool:
