@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -14,15 +15,25 @@ _T = TypeVar("_T")
 TIMEOUT_S = 60.0  # Far more than anything here takes, so that a test fails rather than hangs.
 
 
+@functools.cache
+def _shared_loop() -> asyncio.AbstractEventLoop:
+    """Start the one event loop of this process's servers, which ends with the process.
+
+    grpc.aio has one poller for all loops of a process, and loses events when some come and go
+    (grpc/grpc#42357).
+    """
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="servers", daemon=True).start()
+    return loop
+
+
 class EventLoopThread:
-    """Runs coroutines for other threads."""
+    """Runs coroutines for other threads, all of them on one loop."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._loop = _shared_loop()
 
     def __enter__(self) -> Self:
-        self._thread.start()
         return self
 
     def __exit__(
@@ -31,9 +42,7 @@ class EventLoopThread:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """Leave the loop to the others."""
 
     def start(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
         """Begin to run ``work``."""
