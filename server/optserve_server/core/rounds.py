@@ -72,12 +72,7 @@ class Rounds:
         self._session.check_ready()
         round_ = self._round
         if step not in (round_.step, round_.step - 1) or step == 0:
-            raise StepOutOfOrderError(
-                f"step {step} is not the next one; the next step is {round_.step}",
-                field="step",
-                expected=round_.step,
-                actual=step,
-            )
+            raise self._out_of_order(step)
         settled: Round | StepOutcome | None = None
         if step < round_.step:
             settled = self._outcome
@@ -102,6 +97,8 @@ class Rounds:
             OptserveError: The step was refused, or the other workers did not come in time.
         """
         if isinstance(contribution.settled, StepOutcome):
+            if contribution.settled is not self._outcome:  # The parameters are of a later step now.
+                raise self._out_of_order(contribution.step)
             return contribution.settled, True
         round_ = contribution.settled or await self._join(contribution)
         try:
@@ -165,6 +162,14 @@ class Rounds:
         outcome = await self._work.run(lambda: self._session.step(round_.mean(self._device)))
         self._observer.phase_ended(Phase.APPLY, self._monotonic() - started_s)
         return outcome
+
+    def _out_of_order(self, step: int) -> StepOutOfOrderError:
+        return StepOutOfOrderError(
+            f"step {step} is not the next one; the next step is {self._round.step}",
+            field="step",
+            expected=self._round.step,
+            actual=step,
+        )
 
     def _staged(self, worker: int, position: int) -> Tensor:
         """Return the worker's buffer for a gradient.

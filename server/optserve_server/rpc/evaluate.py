@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -155,7 +156,11 @@ def _bytes_of(specs: list[TensorSpec], registry: SessionRegistry) -> int:
     Raises:
         LimitExceededError: Predictions and targets are larger than allowed.
     """
-    count, most = sum(spec.byte_count for spec in specs), registry.limits.loss_bytes_max
+    most = registry.limits.loss_bytes_max
+    # A dimension of zero leaves no bytes, but torch still walks, and allocates, along the others.
+    count = sum(
+        math.prod(max(size, 1) for size in spec.shape) * spec.dtype.itemsize for spec in specs
+    )
     if count > most:
         raise LimitExceededError(
             f"predictions and targets have {count} bytes; {most} are allowed",

@@ -10,7 +10,12 @@ import grpc
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.tensor_pb2 import TensorChunks
 from optserve_server.core.actor import SessionActor
-from optserve_server.core.errors import EventOutOfOrderError, MissingFieldError, UnknownNameError
+from optserve_server.core.errors import (
+    EventOutOfOrderError,
+    InvalidNameError,
+    MissingFieldError,
+    UnknownNameError,
+)
 from optserve_server.core.events import Direction
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.rpc import decode, encode, transfer
@@ -65,6 +70,10 @@ async def download(
     actor = registry.find(request.session_id)
     actor.session.check_ready()
     specs = actor.session.spec.parameters
+    if len(request.names) > len(specs) or len(set(request.names)) < len(request.names):
+        raise InvalidNameError(
+            "a parameter is asked for twice", field="names", expected="each parameter once at most"
+        )
     positions = [_position(actor, name, i) for i, name in enumerate(request.names)] or range(
         len(specs)
     )
