@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +23,11 @@ SLACK_BYTES = 1 << 20  # Of what else happens in a process between two looks.
 def measured() -> dict[str, tuple[int, int]]:
     """Measure every case: bytes reserved, and bytes taken at most."""
     # Every large tensor gets memory of its own, and gives it back when it goes.
-    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, str(Path(__file__).with_name("measure_sessions.py"))]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "unit.core.measure_sessions"]
+    run = subprocess.run(
+        command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     results: dict[str, tuple[int, int]] = json.loads(run.stdout)
     return results

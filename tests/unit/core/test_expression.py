@@ -133,6 +133,7 @@ MORE_THAN_ARITHMETIC = {
     "a yield": "(yield 1)",
     "a bitwise and": "1 & 2",
     "a bitwise or": "1 | 2",
+    "an exclusive or, which is no power": "2 ^ 3",
     "an inversion": "~1",
     "a shift": "1 << 9",
     "a matrix product": "1 @ 2",
