@@ -8,12 +8,13 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 DEV := .venv/.installed
+BENCH := .venv/.installed-bench
 GENERATE := .venv-generate/.installed
 NODE := client/node/node_modules/.installed
 WHERE_NPM_IS := $(if $(shell command -v npm 2>/dev/null),$(NODE))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-large exam check fix generate node clean
+.PHONY: help demo serve test test-large exam bench bench-check check fix generate node clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +33,12 @@ test-large: $(DEV) $(WHERE_NPM_IS) ## Run the tests that move hundreds of megaby
 
 exam: $(DEV) $(WHERE_NPM_IS) ## Examine every client against a real server
 	@exec $(BIN)/python client/conformance/run.py $(ARGS)
+
+bench: $(DEV) $(BENCH) ## Measure everything beside its peers; make bench ARGS=--help explains
+	@cd tests && exec ../$(BIN)/python -m benchmarks $(ARGS)
+
+bench-check: $(DEV) $(BENCH) ## Measure every claim about speed and memory: ok or short; under ten minutes
+	@cd tests && exec ../$(BIN)/python -m benchmarks --check $(ARGS)
 
 check: $(DEV) $(GENERATE) ## Check style, types, the contract and the architecture; seconds
 	@$(BIN)/ruff check --quiet && $(BIN)/ruff format --quiet --check
@@ -62,6 +69,11 @@ endef
 
 $(DEV): requirements-server.txt requirements-dev.txt protos/pyproject.toml client/python/pyproject.toml server/pyproject.toml
 	$(call venv,.venv,requirements-dev.txt,Installing into .venv; the first time this takes some minutes)
+
+$(BENCH): tests/benchmarks/requirements.txt $(DEV)
+	@echo "Installing the peers to compare with into .venv ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 $(GENERATE): protos/requirements-generate.txt
 	$(call venv,.venv-generate,$<,Installing the generator of the stubs into .venv-generate)

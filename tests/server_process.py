@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,17 +53,20 @@ class ServerProcess:
 
 @contextmanager
 def running_server(
-    *flags: str, environment: Mapping[str, str] | None = None
+    *flags: str,
+    environment: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[ServerProcess]:
     """Start a server on free ports; at the end stop it, if it still runs: its exit code must be 0.
 
     Args:
         flags: Of the command line, such as ``"--sessions-max", "3"``.
         environment: Variables beside this process's own.
+        prefix: What the command begins with, such as ``ip netns exec NAME``.
     """
     with tempfile.TemporaryDirectory(prefix="optserve-") as folder:
         ready, log = Path(folder, "ready.json"), Path(folder, "log")
-        command = [sys.executable, "-m", "optserve_server", "--device", "cpu", *flags]
+        command = [*prefix, sys.executable, "-m", "optserve_server", "--device", "cpu", *flags]
         command += ["--port", "0", "--metrics-port", "0", "--ready-file", str(ready)]
         with log.open("wb") as log_file:
             process = subprocess.Popen(

@@ -1,0 +1,56 @@
+"""Small models: what a step costs when there is nothing to carry."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks.arena import Contender, Contest, compete
+from benchmarks.bulk import RPC_SAME_HOST, RPC_TCP
+from benchmarks.conditions import Conditions
+from benchmarks.figures import Findings, at_most, row
+from benchmarks.training import Outcome
+
+PARAMETERS = 1_000
+STEPS = 200  # In a round: a step takes about a millisecond.
+WARMUP_STEPS = 50
+
+PING_PONG = Contender(
+    name="grpc.aio ping-pong, stream",
+    peer="ping_pong",
+    options={"call": "stream"},
+    outcome=Outcome(trained=False),
+)
+PING_PONG_UNARY = Contender(
+    name="grpc.aio ping-pong, unary",
+    peer="ping_pong",
+    options={"call": "unary"},
+    outcome=Outcome(trained=False),
+)
+OURS = Contender(name="optserve, asyncio", peer="ours_asyncio")
+OURS_BLOCKING = Contender(name="optserve, blocking", peer="ours")
+
+
+def small(conditions: Conditions) -> Findings:
+    """Compare a step of a tiny model with a message there and back."""
+    found = compete(
+        Contest(
+            name="small",
+            title="1 k parameters over loopback TCP, SGD with momentum",
+            parameters=PARAMETERS,
+            optimizer="sgd-momentum",
+            contenders=[PING_PONG, PING_PONG_UNARY, OURS, OURS_BLOCKING, RPC_TCP, RPC_SAME_HOST],
+            threads=conditions.threads,
+        ),
+        replace(conditions.effort, steps=STEPS, warmup_steps=WARMUP_STEPS),
+        conditions.report,
+    )
+    return Findings(
+        comparisons=(found,),
+        rows=(
+            row(
+                "1 k parameters: round trip / bare ping-pong",
+                at_most(1.5),
+                lambda: found.ratio(OURS.name, PING_PONG.name),
+            ),
+        ),
+    )

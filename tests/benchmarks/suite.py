@@ -1,0 +1,35 @@
+"""All benchmarks, in the order in which they run."""
+
+from __future__ import annotations
+
+from benchmarks import bulk, small
+from benchmarks.conditions import Benchmark
+
+BENCHMARKS = (
+    Benchmark(
+        name="loopback",
+        summary="25 M parameters over loopback TCP: raw sockets, torch RPC, Ray, gRPC + torch.save",
+        run=bulk.loopback,
+    ),
+    Benchmark(
+        name="shared-memory",
+        summary="25 M parameters through shared memory: the local step, torch RPC's own",
+        run=bulk.shared_memory,
+    ),
+    Benchmark(
+        name="small",
+        summary="1 k parameters: a bare grpc.aio ping-pong of the same bytes",
+        run=small.small,
+    ),
+    Benchmark(
+        name="growth",
+        summary="1 M to 100 M parameters: how far the time of a step is from a line",
+        run=bulk.growth,
+    ),
+    Benchmark(
+        name="sizes",
+        summary="1 k to 100 M parameters: everybody (no row of its own)",
+        run=bulk.sizes,
+        thorough_only=True,
+    ),
+)
