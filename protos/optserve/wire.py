@@ -1,16 +1,18 @@
 """Tensor framing: how the bytes of tensors become chunks, and how chunks fill tensors again.
 
 Both sides use it for gradients, parameters, predictions and loss gradients alike. Nothing here
-knows what an element is: tensors are buffers of bytes, in the order in which they were announced.
+knows what an element is: tensors are sources and targets of bytes, in the order in which they were
+announced.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 from optserve.limits import CHUNK_BYTES_MAX
-from optserve.v1.tensor_pb2 import DataType, TensorChunk, TensorChunks, TensorHeader
+from optserve.v1.tensor_pb2 import DataType, TensorHeader
 
 ITEM_BYTES: dict[DataType.ValueType, int] = {
     DataType.DATA_TYPE_BOOL: 1,
@@ -25,6 +27,65 @@ ITEM_BYTES: dict[DataType.ValueType, int] = {
     DataType.DATA_TYPE_BF16: 2,
 }
 """Bytes of one element of each data type."""
+
+
+class Chunk(NamedTuple):
+    """A slice of a tensor's bytes: TensorChunk, with a view in the place of a copy."""
+
+    tensor: int
+    """Position of the tensor, from 0, among those announced."""
+    offset: int
+    """Of the first byte within the tensor's bytes."""
+    data: memoryview
+    """The bytes themselves, flat."""
+
+
+class Source(Protocol):
+    """The bytes of a tensor, as they go onto the wire."""
+
+    @property
+    def byte_count(self) -> int:
+        """How many they are."""
+        ...
+
+    def read(self, offset: int, limit: int) -> memoryview:
+        """Return from 1 to ``limit`` bytes from ``offset``, which is before the end.
+
+        Fewer than there are if that is easier. Valid until the next call.
+        """
+        ...
+
+
+class Target(Protocol):
+    """Where the bytes of a tensor go, as they come off the wire."""
+
+    @property
+    def byte_count(self) -> int:
+        """How many there must be."""
+        ...
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Take bytes. They come in order, without gaps, and may end within an element."""
+        ...
+
+
+class Buffer:
+    """Memory that holds a tensor's bytes exactly as they travel: a source, and a target."""
+
+    __slots__ = ("byte_count", "view")
+
+    def __init__(self, view: memoryview) -> None:
+        """Read from, and write to, a flat view of bytes."""
+        self.view = view
+        self.byte_count = len(view)
+
+    def read(self, offset: int, limit: int) -> memoryview:
+        """Return a view of the memory itself."""
+        return self.view[offset : offset + limit]
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Copy bytes into the memory."""
+        self.view[offset : offset + len(data)] = data  # copy: message to tensor.
 
 
 class FramingError(Exception):
@@ -62,44 +123,44 @@ def byte_count(header: TensorHeader) -> int:
 
 
 def split(
-    buffers: Sequence[memoryview], chunk_bytes_max: int = CHUNK_BYTES_MAX
-) -> Iterator[TensorChunks]:
-    """Yield the buffers' bytes in messages, small tensors packed together.
+    sources: Iterable[Source], chunk_bytes_max: int = CHUNK_BYTES_MAX, *, first: int = 0
+) -> Iterator[list[Chunk]]:
+    """Yield the sources' bytes as the chunks of one message after the other.
+
+    Small tensors are packed together.
 
     Args:
-        buffers: One flat view of bytes for each tensor, in the announced order. Read when its
-            message is asked for, so it must not change before the iterator is exhausted.
+        sources: One for each tensor, in the announced order. Read when its message is asked for,
+            so it must not change before the iterator is exhausted.
         chunk_bytes_max: How many bytes of data a message may hold.
+        first: Position of the first of them.
     """
-    chunks: list[TensorChunk] = []
+    chunks: list[Chunk] = []
     room = chunk_bytes_max
-    for tensor, buffer in enumerate(buffers):
-        offset = 0
-        while offset < len(buffer):
-            # copy: tensor to bytes; protobuf's is next.
-            data = bytes(buffer[offset : offset + room])
-            chunks.append(TensorChunk(tensor=tensor, offset=offset, data=data))
+    for tensor, source in enumerate(sources, first):
+        offset, end = 0, source.byte_count
+        while offset < end:
+            data = source.read(offset, room)
+            chunks.append(Chunk(tensor, offset, data))
             offset += len(data)
             room -= len(data)
-            if room == 0:
-                yield TensorChunks(chunks=chunks)
+            if room == 0 or offset < end:
+                yield chunks
                 chunks, room = [], chunk_bytes_max
     if chunks:
-        yield TensorChunks(chunks=chunks)
+        yield chunks
 
 
 class Assembly:
     """Tensors that are being filled by chunks."""
 
-    def __init__(self, targets: Sequence[memoryview]) -> None:
-        """Fill ``targets``.
-
-        One writable flat view of bytes for each announced tensor, as long as the tensor.
-        """
+    def __init__(self, targets: Sequence[Target]) -> None:
+        """Fill ``targets``, one for each announced tensor."""
         self._targets = targets
-        self._received = [0] * len(targets)
+        self.received = [0] * len(targets)
+        """How many bytes of each tensor have come."""
 
-    def add(self, chunks: Iterable[TensorChunk]) -> int:
+    def add(self, chunks: Iterable[Chunk]) -> int:
         """Write chunks where they belong; return how many bytes they are.
 
         Raises:
@@ -108,11 +169,8 @@ class Assembly:
             ByteCountError: A chunk runs past the end of its tensor; those before it have been
                 written.
         """
-        targets, received, total = self._targets, self._received, 0
-        for chunk in chunks:
-            tensor, offset = chunk.tensor, chunk.offset
-            # copy: message to bytes; every access makes one, so there is only this.
-            data = chunk.data
+        targets, received, total = self._targets, self.received, 0
+        for tensor, offset, data in chunks:
             count = len(data)
             if tensor >= len(targets):
                 raise ChunkError(
@@ -129,9 +187,10 @@ class Assembly:
                     expected=f"offset {received[tensor]}",
                     actual=f"offset {offset}",
                 )
-            if offset + count > len(targets[tensor]):
-                raise _byte_count_error(tensor, len(targets[tensor]), offset + count)
-            targets[tensor][offset : offset + count] = data  # copy: bytes to tensor.
+            target = targets[tensor]
+            if offset + count > target.byte_count:
+                raise _byte_count_error(tensor, target.byte_count, offset + count)
+            target.write(offset, data)
             received[tensor] = offset + count
             total += count
         return total
@@ -143,8 +202,8 @@ class Assembly:
             ByteCountError: One is not.
         """
         for tensor, target in enumerate(self._targets):
-            if self._received[tensor] != len(target):
-                raise _byte_count_error(tensor, len(target), self._received[tensor])
+            if self.received[tensor] != target.byte_count:
+                raise _byte_count_error(tensor, target.byte_count, self.received[tensor])
 
 
 def _byte_count_error(tensor: int, expected: int, actual: int) -> ByteCountError:

@@ -43,12 +43,14 @@ async def serve(config: Config) -> None:
     # torch's advice to whoever chose the reduction, who is a client and not in front of our log.
     warnings.filterwarnings("ignore", message="reduction: 'mean' divides", category=UserWarning)
     device = Device(config.device)
-    if config.torch_threads:
-        torch.set_num_threads(config.torch_threads)
     metrics_registry, metrics = _metrics(config, device)
-    with ThreadPoolExecutor(config.threads, thread_name_prefix="optserve") as executor:
+    with _executor(config) as executor:
         surroundings = Surroundings(
-            device=device, executor=executor, clock=time.time, observer=metrics
+            device=device,
+            executor=executor,
+            clock=time.time,
+            observer=metrics,
+            shared_memory=config.shared_memory,
         )
         registry = SessionRegistry(config.limits(device.memory_bytes()), surroundings)
         endpoint = MetricsEndpoint(
@@ -63,6 +65,22 @@ async def serve(config: Config) -> None:
         finally:
             await server.stop(0)
             endpoint.stop()
+
+
+def _executor(config: Config) -> ThreadPoolExecutor:
+    """Return the threads that compute, and keep torch on this thread, the event loop's, to itself.
+
+    torch's number of cores is a matter of each thread. What is small enough to be computed here
+    ends before a second core would have been woken, which torch's fused kernels do for any size.
+    """
+    cores = config.torch_threads or torch.get_num_threads()
+    torch.set_num_threads(1)
+    return ThreadPoolExecutor(
+        config.threads,
+        thread_name_prefix="optserve",
+        initializer=torch.set_num_threads,
+        initargs=(cores,),
+    )
 
 
 def _metrics(config: Config, device: Device) -> tuple[CollectorRegistry, Metrics]:

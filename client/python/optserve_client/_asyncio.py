@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
 
-from optserve.v1.optimizer_service_pb2 import TrainRequest
 from optserve_client._channel import CLOSE_TIMEOUT_S
 from optserve_client._effects import Ask, Collect, Effect, Operation, Train
-from optserve_client._exchange import TrainExchange
+from optserve_client._exchange import TrainAnswer, TrainEvent, TrainExchange
 from optserve_client._refusals import CallSite, deadline_error, from_grpc
 from optserve_client.errors import ClosedError, ProtocolError
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:  # A name of the stubs only.
     from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceAsyncStub
 
 _Result = TypeVar("_Result")
-_Outbox: TypeAlias = asyncio.Queue[Iterator[TrainRequest] | None]
 
 
 class AsyncDriver:
@@ -116,16 +114,13 @@ class AsyncDriver:
 
 
 class _TrainStream:
-    """The stream of one worker's steps.
-
-    grpc takes the requests in a task of its own, one at a time as the network has room, while the
-    caller's task takes the responses: both directions flow at once.
-    """
+    """The stream of one worker's steps."""
 
     def __init__(self, stub: OptimizerServiceAsyncStub, target: str) -> None:
         self._target = target
-        self._outbox: _Outbox = asyncio.Queue()
-        self._call = stub.Train(_drain(self._outbox))
+        # As the channel has it: see stub_of.
+        train = cast("grpc.aio.StreamStreamMultiCallable[TrainEvent, TrainAnswer]", stub.Train)
+        self._call = train()
         self._conversing = False
 
     def is_active(self) -> bool:
@@ -136,26 +131,36 @@ class _TrainStream:
         """Send what the exchange says, and hand it what comes, until it is over."""
         site = CallSite(rpc="Train", target=self._target, timeout_s=timeout_s)
         self._conversing = True
-        self._outbox.put_nowait(exchange.requests())
+        requests = exchange.requests()
+        sending: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(timeout_s):
-                async for response in self._call:
-                    if exchange.receive(response):
+                await self._write(next(requests))
+                if (second := next(requests, None)) is not None:
+                    # In a task of its own, so that both directions flow at once.
+                    sending = asyncio.create_task(self._send(second, requests))
+                while (response := await self._call.read()) is not grpc.aio.EOF:
+                    if exchange.receive(cast("TrainAnswer", response)):
+                        if sending is not None:
+                            await sending
                         self._conversing = False
                         return
         except TimeoutError as error:
             raise deadline_error(site) from error
         except grpc.RpcError as error:
             raise from_grpc(error, site) from error
+        finally:
+            if sending is not None:
+                sending.cancel()
         raise ProtocolError("the server ended the stream in the middle of a conversation")
 
     async def end(self) -> None:
         """Half-close, and wait for the end; cancel what another task does on the stream."""
         try:
             if not self._conversing:
-                self._outbox.put_nowait(None)
-                with suppress(grpc.RpcError, TimeoutError):
+                with suppress(grpc.RpcError, TimeoutError, asyncio.InvalidStateError):
                     async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                        await self._call.done_writing()
                         await self._call.code()
         finally:
             self.close()
@@ -164,8 +169,12 @@ class _TrainStream:
         """Cancel the stream, if it has not ended."""
         self._call.cancel()
 
+    async def _send(self, request: TrainEvent, others: Iterator[TrainEvent]) -> None:
+        await self._write(request)
+        for other in others:
+            await self._write(other)
 
-async def _drain(outbox: _Outbox) -> AsyncIterator[TrainRequest]:
-    while (requests := await outbox.get()) is not None:
-        for request in requests:
-            yield request
+    async def _write(self, request: TrainEvent) -> None:
+        # If the stream has ended, reading says why.
+        with suppress(grpc.RpcError, asyncio.InvalidStateError):
+            await self._call.write(request)

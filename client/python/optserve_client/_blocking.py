@@ -6,23 +6,22 @@ import queue
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
 
-from optserve.v1.optimizer_service_pb2 import TrainRequest, TrainResponse
 from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 from optserve_client._channel import CLOSE_TIMEOUT_S
-from optserve_client._effects import Collect, Effect, Operation, Train
-from optserve_client._exchange import TrainExchange
+from optserve_client._effects import Collect, Effect, Event, Operation, Train
+from optserve_client._exchange import TrainAnswer, TrainEvent, TrainExchange
 from optserve_client._refusals import CallSite, deadline_error, from_grpc
 from optserve_client._watchdog import Watchdog
 from optserve_client.errors import ClosedError, ProtocolError
 
 _Result = TypeVar("_Result")
-_ResponseT_co = TypeVar("_ResponseT_co", bound=Message, covariant=True)
-_Outbox: TypeAlias = queue.SimpleQueue[Iterator[TrainRequest] | None]
+_ResponseT_co = TypeVar("_ResponseT_co", covariant=True)
+_Outbox: TypeAlias = queue.SimpleQueue[Iterator[TrainEvent] | None]
 
 
 class BlockingDriver:
@@ -125,7 +124,9 @@ class _TrainStream:
         self._target = target
         self._watchdog = watchdog
         self._outbox: _Outbox = queue.SimpleQueue()
-        self._call: _AnswerStream[TrainResponse] = stub.Train(_drain(self._outbox))
+        # As the channel has it: see stub_of.
+        train = cast("grpc.StreamStreamMultiCallable[TrainEvent, TrainAnswer]", stub.Train)
+        self._call: _AnswerStream[TrainAnswer] = train(_drain(self._outbox))
         self._conversing = False
         # Also when nobody closes it, at the latest when the interpreter ends: else grpc's thread
         # would wait for ever.
@@ -162,19 +163,19 @@ class _TrainStream:
         self.close()
 
 
-def _drain(outbox: _Outbox) -> Iterator[TrainRequest]:
+def _drain(outbox: _Outbox) -> Iterator[TrainEvent]:
     while (requests := outbox.get()) is not None:
         yield from requests
 
 
-def _abandon(call: _AnswerStream[TrainResponse], outbox: _Outbox) -> None:
+def _abandon(call: _AnswerStream[TrainAnswer], outbox: _Outbox) -> None:
     call.cancel()
     outbox.put(None)
 
 
 def _ask_stream(
-    rpc: grpc.StreamUnaryMultiCallable[Message, Message],
-    requests: Iterator[Message],
+    rpc: grpc.StreamUnaryMultiCallable[Event, Message],
+    requests: Iterator[Event],
     timeout_s: float,
 ) -> Message:
     call = rpc.future(requests, timeout=timeout_s)  # A plain call could not be cancelled.
@@ -185,7 +186,7 @@ def _ask_stream(
         raise
 
 
-def _collect(rpc: Callable[..., _AnswerStream[Message]], effect: Collect) -> None:
+def _collect(rpc: Callable[..., _AnswerStream[Event]], effect: Collect) -> None:
     call = rpc(effect.request, timeout=effect.timeout_s)
     try:
         for response in call:

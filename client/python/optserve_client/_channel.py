@@ -1,10 +1,22 @@
-"""How the channels of both faces are set up."""
+"""How the channels of both faces are set up, and the stubs that call through them."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, overload
 
+import grpc
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from optserve.codec import ChunkCodec
 from optserve.limits import MESSAGE_BYTES_MAX
+from optserve.v1.optimizer_service_pb2 import DESCRIPTOR
+from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
+
+if TYPE_CHECKING:  # A name of the stubs only.
+    from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceAsyncStub
 
 CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     # gRPC's defaults, written down: finite both ways, for whoever lifts them lifts the protection
@@ -22,3 +34,47 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
 """Of every channel. Compression is off, which is gRPC's default: gradients do not compress."""
 
 CLOSE_TIMEOUT_S = 2.0  # For the server to end a stream that we have half-closed; then we cancel it.
+
+_SERVICE = DESCRIPTOR.services_by_name["OptimizerService"]
+
+
+@overload
+def stub_of(channel: grpc.Channel) -> OptimizerServiceStub: ...
+@overload
+def stub_of(channel: grpc.aio.Channel) -> OptimizerServiceAsyncStub: ...
+def stub_of(
+    channel: grpc.Channel | grpc.aio.Channel,
+) -> OptimizerServiceStub | OptimizerServiceAsyncStub:
+    """Return the stub of a channel, whose streams of tensors take and give lists of chunks."""
+    stub = OptimizerServiceStub(channel)
+    for method in _SERVICE.methods:
+        request, response = method.input_type, method.output_type
+        if not (_has_chunks(request) or _has_chunks(response)):
+            continue
+        kind = ("stream" if method.client_streaming else "unary") + (
+            "_stream" if method.server_streaming else "_unary"
+        )
+        call = getattr(channel, kind)(
+            f"/{_SERVICE.full_name}/{method.name}",
+            request_serializer=_codec(request).encode,
+            response_deserializer=_codec(response).decode,
+        )
+        setattr(stub, method.name, call)
+    return stub
+
+
+class _MessageCodec:
+    """Encodes and decodes messages without chunks, as the generated stub does."""
+
+    def __init__(self, message: type[Message]) -> None:
+        self.encode = message.SerializeToString
+        self.decode = message.FromString
+
+
+def _codec(message: Descriptor) -> ChunkCodec[Any] | _MessageCodec:
+    kind = GetMessageClass(message)
+    return ChunkCodec(kind) if _has_chunks(message) else _MessageCodec(kind)
+
+
+def _has_chunks(message: Descriptor) -> bool:
+    return "chunks" in message.fields_by_name

@@ -13,7 +13,11 @@ from typing import Any, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
+from optserve.wire import Chunk
 from optserve_client._exchange import Opening, TrainExchange
+
+Event: TypeAlias = Message | list[Chunk]
+"""What a stream of tensors carries."""
 
 _Answer = TypeVar("_Answer", bound=Message)
 _Result = TypeVar("_Result")
@@ -24,7 +28,7 @@ class Ask:
     """Call an rpc that answers with one message, which is what came of it."""
 
     rpc: str
-    request: Message | Iterator[Message]
+    request: Message | Iterator[Event]
     """One message, or those of a stream."""
     timeout_s: float
 
@@ -34,7 +38,7 @@ class Collect:
     """Call an rpc that answers with a stream; hand each message to ``receive`` until it ends."""
 
     rpc: str
-    request: Message | Iterator[Message]
+    request: Message | Iterator[Event]
     """One message, or those of a stream."""
     receive: Callable[[Any], None]
     """Takes the rpc's responses; what it raises ends the call."""
@@ -63,7 +67,7 @@ Operation: TypeAlias = Generator[Effect, Message | None, _Result]
 
 
 def ask(
-    rpc: str, request: Message | Iterator[Message], answer: type[_Answer], timeout_s: float
+    rpc: str, request: Message | Iterator[Event], answer: type[_Answer], timeout_s: float
 ) -> Operation[_Answer]:
     """Call an rpc, and return its one answer."""
     response = yield Ask(rpc=rpc, request=request, timeout_s=timeout_s)

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, TypeAlias
 
+import numpy as np
 from google.protobuf.message import Message
 
 from optserve.limits import CHUNK_BYTES_MAX
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.error_pb2 import Refusal
 from optserve.v1.session_pb2 import SessionStatus
-from optserve.v1.tensor_pb2 import TensorChunks, TensorHeader
-from optserve.wire import Assembly, FramingError, split
+from optserve.v1.tensor_pb2 import TensorHeader
+from optserve.wire import Assembly, Buffer, Chunk, FramingError, Source, byte_count, split
 from optserve_client.errors import ProtocolError
-from optserve_client.tensors import Array, allocate, bytes_of
+from optserve_client.tensors import DTYPES, Array, allocate, bytes_of
+
+TrainEvent: TypeAlias = pb.TrainRequest | list[Chunk]
+TrainAnswer: TypeAlias = pb.TrainResponse | list[Chunk]
 
 # What is larger goes by stream: a long message holds up the server's other clients.
 INLINE_BYTES_MAX = CHUNK_BYTES_MAX
@@ -31,23 +35,31 @@ def _nothing(_count: int) -> None:
     """Be told of bytes that nobody counts."""
 
 
+class Room:
+    """Memory for tensors that arrive, and may do so again and again."""
+
+    def __init__(self, headers: Sequence[TensorHeader]) -> None:
+        """Take the memory for what ``headers`` say; they must have been checked."""
+        arrays = allocate(headers)
+        self.buffers = [Buffer(bytes_of(array)) for array in arrays]
+        """Where the bytes go."""
+        self.arrays = [_read_only(array) for array in arrays]
+        """The tensors, which nobody but the buffers can write to."""
+
+
 class Incoming:
     """Tensors that are arriving in chunks, after their headers."""
 
-    def __init__(
-        self, headers: Sequence[TensorHeader], advance: Callable[[int], None] = _nothing
-    ) -> None:
-        """Make room for what ``headers`` say; they must have been checked."""
-        # New arrays each time: what came before stays as it is, for whoever still looks at it, and
-        # if this breaks off.
-        self._arrays = allocate(headers)
-        self._assembly = Assembly([bytes_of(array) for array in self._arrays])
+    def __init__(self, room: Room, advance: Callable[[int], None] = _nothing) -> None:
+        """Fill ``room``, and tell ``advance`` of each piece how many bytes it had."""
+        self._room = room
+        self._assembly = Assembly(room.buffers)
         self._advance = advance
 
-    def add(self, chunks: TensorChunks) -> None:
+    def add(self, chunks: list[Chunk]) -> None:
         """Write chunks where they belong."""
         try:
-            count = self._assembly.add(chunks.chunks)
+            count = self._assembly.add(chunks)
         except FramingError as error:
             raise ProtocolError(f"the server's chunks are wrong: {error}") from error
         self._advance(count)
@@ -58,19 +70,17 @@ class Incoming:
             self._assembly.finish()
         except FramingError as error:
             raise ProtocolError(f"the server's chunks are incomplete: {error}") from error
-        for array in self._arrays:
-            array.flags.writeable = False
-        return self._arrays
+        return self._room.arrays
 
 
 class TrainExchange(Protocol):
     """One conversation of the stream that a worker's steps share."""
 
-    def requests(self) -> Iterator[pb.TrainRequest]:
+    def requests(self) -> Iterator[TrainEvent]:
         """Yield what to send. Stops early once there is no more use in it."""
         ...
 
-    def receive(self, response: pb.TrainResponse) -> bool:
+    def receive(self, response: TrainAnswer) -> bool:
         """Take a message, and return whether the conversation is over."""
         ...
 
@@ -82,13 +92,13 @@ class Opening:
         self._request = pb.TrainOpen(session_id=session_id, worker=worker)
         self.status: SessionStatus | None = None
 
-    def requests(self) -> Iterator[pb.TrainRequest]:
+    def requests(self) -> Iterator[TrainEvent]:
         """Yield the one message that opens the stream."""
         yield pb.TrainRequest(open=self._request)
 
-    def receive(self, response: pb.TrainResponse) -> bool:
+    def receive(self, response: TrainAnswer) -> bool:
         """Take the answer; its status says where the session stands."""
-        if response.WhichOneof("event") != "opened":
+        if isinstance(response, list) or response.WhichOneof("event") != "opened":
             _unexpected(response, "opened")
         self.status = response.opened.status
         return True
@@ -100,50 +110,57 @@ class Step:
     def __init__(
         self,
         begin: pb.StepBegin,
-        gradients: Sequence[memoryview],
-        parameters: Sequence[TensorHeader],
+        gradients: Sequence[Source],
+        headers: Sequence[TensorHeader],
+        room: Room,
         *,
         chunk_bytes: int,
     ) -> None:
         """Take the step that ``begin`` announces.
 
         Args:
-            begin: The step's number and the headers of the gradients.
+            begin: The step's number, and which gradients follow.
             gradients: The gradients' bytes, in that order. Must not change until the step is over.
-            parameters: Headers of the parameters that the answer must announce.
+            headers: Of the parameters that the answer must announce, if it announces any.
+            room: For the parameters.
             chunk_bytes: Most tensor bytes in one message.
         """
         self._begin = begin
         self._gradients = gradients
-        self._parameters = parameters
+        self._announced = [] if begin.every_parameter else headers
+        self._room = room
         self._chunk_bytes = chunk_bytes
         self._incoming: Incoming | None = None
         self.result: pb.StepResult | None = None
         self.parameters: list[Array] | None = None
         self.refusal: Refusal | None = None
 
-    def requests(self) -> Iterator[pb.TrainRequest]:
+    def requests(self) -> Iterator[TrainEvent]:
         """Yield the step's messages; after a refusal no more: the server would ignore them."""
         yield pb.TrainRequest(begin=self._begin)
         for chunks in split(self._gradients, self._chunk_bytes):
             if self.refusal is not None:
                 return
-            yield pb.TrainRequest(chunks=chunks)
+            yield chunks
         yield pb.TrainRequest(end=pb.StepEnd())
 
-    def receive(self, response: pb.TrainResponse) -> bool:
+    def receive(self, response: TrainAnswer) -> bool:
         """Take a message of the answer; the step is over with its result, or with a refusal.
 
         The parameters count from then on: a refusal takes back those that had come.
         """
+        if isinstance(response, list):
+            if self._incoming is None:
+                _unexpected(response, f"the answer to step {self._begin.step}")
+            self._incoming.add(response)
+            return False
         match response.WhichOneof("event"):
             case "refused" if response.refused.step == self._begin.step:
                 self.refusal = response.refused.refusal
-            case "begin" if self._incoming is None and response.begin.step == self._begin.step:
-                check_announced(response.begin.parameters, self._parameters)
-                self._incoming = Incoming(self._parameters)
-            case "chunks" if self._incoming is not None:
-                self._incoming.add(response.chunks)
+            case "begin" if response.begin.step == self._begin.step:
+                # A second one takes back what came after the first.
+                check_announced(response.begin.parameters, self._announced)
+                self._incoming = Incoming(self._room)
             case "result" if self._incoming is not None and (
                 response.result.step == self._begin.step
             ):
@@ -152,6 +169,48 @@ class Step:
             case _:
                 _unexpected(response, f"the answer to step {self._begin.step}")
         return self.refusal is not None or self.result is not None
+
+
+class PackedStep:
+    """One step of a small model, in one message each way."""
+
+    def __init__(
+        self, step: int, gradients: Sequence[memoryview], headers: Sequence[TensorHeader]
+    ) -> None:
+        """Take step ``step``.
+
+        Args:
+            step: Its number.
+            gradients: Bytes of a gradient for every parameter, in the session's order.
+            headers: Of the parameters.
+        """
+        # copy: gradients to bytes; protobuf copies them once more.
+        self._packed = pb.PackedStep(step=step, gradients=[bytes(each) for each in gradients])
+        self._headers = headers
+        self.result: pb.StepResult | None = None
+        self.parameters: list[Array] | None = None
+        self.refusal: Refusal | None = None
+
+    def requests(self) -> Iterator[TrainEvent]:
+        """Yield the one message."""
+        yield pb.TrainRequest(packed=self._packed)
+
+    def receive(self, response: TrainAnswer) -> bool:
+        """Take the answer, or a refusal."""
+        event = "chunks" if isinstance(response, list) else response.WhichOneof("event")
+        if isinstance(response, list) or event not in ("packed", "refused"):
+            _unexpected(response, f"the answer to step {self._packed.step}")
+        if event == "refused":
+            self.refusal = response.refused.refusal
+            return True
+        result, data = response.packed.result, response.packed.parameters
+        if result.step != self._packed.step or len(data) != len(self._headers):
+            _unexpected(response, f"the parameters after step {self._packed.step}")
+        self.parameters = [
+            _array(header, each) for header, each in zip(self._headers, data, strict=True)
+        ]
+        self.result = result
+        return True
 
 
 class Download:
@@ -166,17 +225,19 @@ class Download:
         self._incoming: Incoming | None = None
         self.steps = 0
 
-    def receive(self, response: pb.DownloadParametersResponse) -> None:
+    def receive(self, response: pb.DownloadParametersResponse | list[Chunk]) -> None:
         """Take a message."""
-        match response.WhichOneof("event"):
-            case "begin" if self._incoming is None:
-                check_announced(response.begin.parameters, self._parameters)
-                self.steps = response.begin.steps
-                self._incoming = Incoming(self._parameters, self._advance)
-            case "chunks" if self._incoming is not None:
-                self._incoming.add(response.chunks)
-            case _:
+        if isinstance(response, list):
+            if self._incoming is None:
                 _unexpected(response, "begin, then chunks")
+            self._incoming.add(response)
+            return
+        if response.WhichOneof("event") != "begin" or self._incoming is not None:
+            _unexpected(response, "begin, then chunks")
+        check_announced(response.begin.parameters, self._parameters)
+        self.steps = response.begin.steps
+        # New arrays each time: what came before stays as it is, for whoever still looks at it.
+        self._incoming = Incoming(Room(self._parameters), self._advance)
 
     def finish(self) -> list[Array]:
         """Return the parameters, once the stream has ended."""
@@ -188,9 +249,7 @@ class Download:
 class LossEvaluation:
     """A loss of tensors of any size: begin, chunks; evaluated, chunks until the end."""
 
-    def __init__(
-        self, begin: pb.LossBegin, tensors: Sequence[memoryview], *, chunk_bytes: int
-    ) -> None:
+    def __init__(self, begin: pb.LossBegin, tensors: Sequence[Source], *, chunk_bytes: int) -> None:
         """Evaluate what ``begin`` announces; ``tensors`` are predictions and targets."""
         self._begin = begin
         self._tensors = tensors
@@ -199,26 +258,26 @@ class LossEvaluation:
         self._incoming: Incoming | None = None
         self.result: pb.LossResult | None = None
 
-    def requests(self) -> Iterator[pb.EvaluateLossStreamRequest]:
+    def requests(self) -> Iterator[pb.EvaluateLossStreamRequest | list[Chunk]]:
         """Yield what to send; the client's half-close follows."""
         yield pb.EvaluateLossStreamRequest(begin=self._begin)
-        for chunks in split(self._tensors, self._chunk_bytes):
-            yield pb.EvaluateLossStreamRequest(chunks=chunks)
+        yield from split(self._tensors, self._chunk_bytes)
 
-    def receive(self, response: pb.EvaluateLossStreamResponse) -> None:
+    def receive(self, response: pb.EvaluateLossStreamResponse | list[Chunk]) -> None:
         """Take a message."""
-        match response.WhichOneof("event"):
-            case "evaluated" if self._incoming is None:
-                headers = list(response.evaluated.tensors)
-                for header in headers:
-                    check_loss_tensor(header.name, header, self._begin.predictions)
-                self._names = [header.name for header in headers]
-                self._incoming = Incoming(headers)
-                self.result = response.evaluated.result
-            case "chunks" if self._incoming is not None:
-                self._incoming.add(response.chunks)
-            case _:
+        if isinstance(response, list):
+            if self._incoming is None:
                 _unexpected(response, "evaluated, then chunks")
+            self._incoming.add(response)
+            return
+        if response.WhichOneof("event") != "evaluated" or self._incoming is not None:
+            _unexpected(response, "evaluated, then chunks")
+        headers = list(response.evaluated.tensors)
+        for header in headers:
+            check_loss_tensor(header.name, header, self._begin.predictions)
+        self._names = [header.name for header in headers]
+        self._incoming = Incoming(Room(headers))
+        self.result = response.evaluated.result
 
     def finish(self) -> dict[str, Array]:
         """Return the answer's tensors by name, once the stream has ended."""
@@ -229,19 +288,16 @@ class LossEvaluation:
 
 def upload_requests(
     begin: pb.UploadBegin,
-    tensors: Sequence[memoryview],
+    tensors: Sequence[Source],
     *,
     chunk_bytes: int,
     advance: Callable[[int], None] = _nothing,
-) -> Iterator[pb.UploadParametersRequest]:
+) -> Iterator[pb.UploadParametersRequest | list[Chunk]]:
     """Yield the messages of an upload of ``tensors``; the client's half-close follows."""
     yield pb.UploadParametersRequest(begin=begin)
-    left = sum(len(tensor) for tensor in tensors)
     for chunks in split(tensors, chunk_bytes):
-        yield pb.UploadParametersRequest(chunks=chunks)
-        count = min(left, chunk_bytes)  # Every message but the last one is full.
-        left -= count
-        advance(count)
+        yield chunks
+        advance(sum(len(chunk.data) for chunk in chunks))
 
 
 def check_announced(announced: Sequence[TensorHeader], expected: Sequence[TensorHeader]) -> None:
@@ -263,8 +319,21 @@ def check_loss_tensor(name: str, header: TensorHeader, predictions: TensorHeader
         raise ProtocolError(f"the server's '{name}' does not belong to the predictions")
 
 
-def _unexpected(response: Message, expected: str) -> NoReturn:
-    event = response.WhichOneof("event")
+def _array(header: TensorHeader, data: bytes) -> Array:
+    """Return the read-only array that some bytes are, without copying them."""
+    if len(data) != byte_count(header):
+        raise ProtocolError(f"the server sent {len(data)} bytes for parameter '{header.name}'")
+    return np.frombuffer(data, DTYPES[header.data_type]).reshape(tuple(header.shape))
+
+
+def _read_only(array: Array) -> Array:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _unexpected(response: Message | list[Chunk], expected: str) -> NoReturn:
+    event = "chunks" if isinstance(response, list) else response.WhichOneof("event")
     raise ProtocolError(
         f"the server sent {event or 'an empty event'} where {expected} should have come",
         expected=expected,

@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.session_pb2 import Split as SplitMessage
+from optserve.wire import Buffer
 from optserve_client._effects import Collect, Operation, ask
 from optserve_client._exchange import INLINE_BYTES_MAX, LossEvaluation, check_loss_tensor
 from optserve_client._session_operations import SessionOperations
@@ -91,7 +92,8 @@ def _evaluate_unary(
 def _evaluate_stream(
     session: SessionOperations, begin: pb.LossBegin, tensors: Sequence[memoryview]
 ) -> Operation[LossResult]:
-    evaluation = LossEvaluation(begin, tensors, chunk_bytes=session.terms.chunk_bytes)
+    sources = [Buffer(tensor) for tensor in tensors]
+    evaluation = LossEvaluation(begin, sources, chunk_bytes=session.terms.chunk_bytes)
     yield Collect(
         rpc="EvaluateLossStream",
         request=evaluation.requests(),

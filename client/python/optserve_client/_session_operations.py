@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, Unpack
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from optserve.limits import MESSAGE_BYTES_MAX, MESSAGE_HEADROOM_BYTES
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.session_pb2 import Session, SessionStatus
 from optserve.v1.tensor_pb2 import TensorHeader
-from optserve.wire import byte_count
+from optserve.wire import Buffer, byte_count
 from optserve_client import _exchange as exchanges
 from optserve_client._effects import Collect, Operation, Train, ask
 from optserve_client._refusals import from_refusal
@@ -26,7 +27,15 @@ from optserve_client.errors import (
 )
 from optserve_client.progress import TransferReporter
 from optserve_client.results import Parameters, StepResult, step_result
-from optserve_client.tensors import Array, allocate, bytes_of, encode_as, from_tensor, messages
+from optserve_client.tensors import (
+    Array,
+    allocate,
+    bytes_of,
+    encode_as,
+    form_of,
+    from_tensor,
+    messages,
+)
 
 Gradients: TypeAlias = Mapping[str, ArrayLike | None]
 """By parameter. None, or nothing, is no gradient, which is not a gradient of zeros."""
@@ -58,11 +67,14 @@ class SessionOperations:
         self.terms = terms
         self._via = via
         self._headers = {header.name: header for header in session.spec.parameters}
+        self._forms = {name: form_of(header) for name, header in self._headers.items()}
         self._values: dict[str, Array] = {}
+        # Of what steps bring: one holds the newest values, and the other waits for the next ones.
+        self._rooms: list[exchanges.Room] = []
 
     @property
     def parameters(self) -> Parameters:
-        """The newest values, read-only, in the session's order.
+        """The newest values, read-only, in the session's order; valid until the next step.
 
         Raises:
             ParametersNotSetError: This client does not know all of them.
@@ -93,9 +105,10 @@ class SessionOperations:
         ]
         begin = pb.UploadBegin(session_id=self.session_id, parameters=headers)
         timeout_s = self.terms.config.transfer_timeout_s
-        with self.terms.reporter.transfer("upload", _total_bytes(headers)) as advance:
+        with self.terms.reporter.transfer("upload", total_bytes(headers)) as advance:
+            sources = [Buffer(tensor) for tensor in tensors]
             requests = exchanges.upload_requests(
-                begin, tensors, chunk_bytes=self.terms.chunk_bytes, advance=advance
+                begin, sources, chunk_bytes=self.terms.chunk_bytes, advance=advance
             )
             response = yield from ask(
                 "UploadParameters", requests, pb.UploadParametersResponse, timeout_s
@@ -109,7 +122,7 @@ class SessionOperations:
         headers = [self._header_of(name, f"names[{at}]") for at, name in enumerate(wanted)]
         if not headers:  # On the wire, no names would mean all of them.
             return Parameters({}, steps=(yield from self.status()).steps)
-        with self.terms.reporter.transfer("download", _total_bytes(headers)) as advance:
+        with self.terms.reporter.transfer("download", total_bytes(headers)) as advance:
             download = exchanges.Download(headers, advance)
             yield Collect(
                 rpc="DownloadParameters",
@@ -144,14 +157,13 @@ class SessionOperations:
             if (gradient := gradients.get(name)) is not None
         ]
         tensors = [
-            encode_as(header, gradient, role="gradient", path=f"gradients[{at}]")
-            for at, (header, gradient) in enumerate(present)
+            self._bytes_of(header, gradient, at) for at, (header, gradient) in enumerate(present)
         ]
         number = self.steps + 1 if step is None else step
-        begin = pb.StepBegin(step=number, gradients=[header for header, _ in present])
+        headers = [header for header, _ in present]
         take = self._step_unary if (via or self._via) == "unary" else self._step_stream
         try:
-            result, arrays = yield from take(begin, tensors)
+            result, arrays = yield from take(number, headers, tensors)
         except DeadlineError as error:
             raise DeadlineError(
                 f"step {number} did not end within {self.terms.config.step_timeout_s:g} s;"
@@ -196,11 +208,21 @@ class SessionOperations:
         return response.status
 
     def _step_stream(
-        self, begin: pb.StepBegin, tensors: Sequence[memoryview]
+        self, number: int, headers: Sequence[TensorHeader], tensors: Sequence[memoryview]
     ) -> Operation[tuple[pb.StepResult, list[Array]]]:
-        step = exchanges.Step(
-            begin, tensors, list(self._headers.values()), chunk_bytes=self.terms.chunk_bytes
-        )
+        expected = list(self._headers.values())
+        every = len(headers) == len(expected)
+        step: exchanges.PackedStep | exchanges.Step
+        if every and sum(map(len, tensors)) <= self.terms.chunk_bytes:
+            step = exchanges.PackedStep(number, tensors, expected)
+        else:
+            begin = pb.StepBegin(
+                step=number, gradients=() if every else headers, every_parameter=every
+            )
+            sources = [Buffer(tensor) for tensor in tensors]
+            step = exchanges.Step(
+                begin, sources, expected, self._spare(), chunk_bytes=self.terms.chunk_bytes
+            )
         yield Train(
             opening=exchanges.Opening(self.session_id, self.worker),
             exchange=step,
@@ -210,23 +232,39 @@ class SessionOperations:
             raise from_refusal(step.refusal)
         assert step.result is not None
         assert step.parameters is not None
+        self._rooms.reverse()  # What has come stays; the other one is spare now.
         return step.result, step.parameters
 
     def _step_unary(
-        self, begin: pb.StepBegin, tensors: Sequence[memoryview]
+        self, number: int, headers: Sequence[TensorHeader], tensors: Sequence[memoryview]
     ) -> Operation[tuple[pb.StepResult, list[Array]]]:
         expected = list(self._headers.values())
         check_unary_fits(expected)
         request = pb.StepRequest(
             session_id=self.session_id,
             worker=self.worker,
-            step=begin.step,
-            gradients=messages(begin.gradients, tensors),
+            step=number,
+            gradients=messages(headers, tensors),
         )
         timeout_s = self.terms.config.step_timeout_s
         response = yield from ask("Step", request, pb.StepResponse, timeout_s)
         exchanges.check_announced([tensor.header for tensor in response.parameters], expected)
         return response.result, [from_tensor(tensor) for tensor in response.parameters]
+
+    def _spare(self) -> exchanges.Room:
+        """Return memory for parameters that does not hold the newest ones.
+
+        Used again every other step: to take it anew each time costs more than to fill it.
+        """
+        if len(self._rooms) < 2:
+            self._rooms.insert(0, exchanges.Room(list(self._headers.values())))
+        return self._rooms[0]
+
+    def _bytes_of(self, header: TensorHeader, gradient: ArrayLike, at: int) -> memoryview:
+        values = np.asarray(gradient)
+        if (values.dtype, values.shape) == self._forms[header.name]:
+            return bytes_of(values)
+        return encode_as(header, values, role="gradient", path=f"gradients[{at}]")
 
     def _header_of(self, name: str, field: str) -> TensorHeader:
         if name not in self._headers:
@@ -246,7 +284,7 @@ def check_unary_fits(headers: Iterable[TensorHeader]) -> None:
     Raises:
         LimitError: They do not.
     """
-    total, allowed = _total_bytes(headers), MESSAGE_BYTES_MAX - MESSAGE_HEADROOM_BYTES
+    total, allowed = total_bytes(headers), MESSAGE_BYTES_MAX - MESSAGE_HEADROOM_BYTES
     if total > allowed:
         raise LimitError.local(
             f"a unary step carries all parameters in one message; they have {total} bytes,"
@@ -256,5 +294,5 @@ def check_unary_fits(headers: Iterable[TensorHeader]) -> None:
         )
 
 
-def _total_bytes(headers: Iterable[TensorHeader]) -> int:
+def total_bytes(headers: Iterable[TensorHeader]) -> int:
     return sum(byte_count(header) for header in headers)

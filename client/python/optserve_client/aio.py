@@ -21,11 +21,10 @@ import grpc
 from numpy.typing import ArrayLike
 
 from optserve.v1.optimizer_service_pb2 import GetCatalogueResponse, GetServerInfoResponse
-from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 from optserve.v1.session_pb2 import Session as SessionMessage
 from optserve.v1.session_pb2 import SessionStatus
 from optserve_client._asyncio import AsyncDriver
-from optserve_client._channel import CHANNEL_OPTIONS
+from optserve_client._channel import CHANNEL_OPTIONS, stub_of
 from optserve_client._client_operations import ClientOperations, InitialValues, meet
 from optserve_client._effects import Operation
 from optserve_client._loss_operations import evaluate_loss, loss_points
@@ -81,7 +80,7 @@ def connect(
 
 async def _connect(target: str, config: ClientConfig, reporter: TransferReporter) -> Client:
     channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-    stub = OptimizerServiceStub(channel)
+    stub = stub_of(channel)
     try:
         terms = await AsyncDriver(stub, target).run(meet(target, config, reporter))
     except BaseException:

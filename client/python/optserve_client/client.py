@@ -10,11 +10,10 @@ from typing import Self, Unpack
 import grpc
 
 from optserve.v1.optimizer_service_pb2 import GetCatalogueResponse, GetServerInfoResponse
-from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 from optserve.v1.session_pb2 import Session as SessionMessage
 from optserve.v1.session_pb2 import SessionStatus
 from optserve_client._blocking import BlockingDriver
-from optserve_client._channel import CHANNEL_OPTIONS
+from optserve_client._channel import CHANNEL_OPTIONS, stub_of
 from optserve_client._client_operations import ClientOperations, InitialValues, meet
 from optserve_client._spec import SessionOptions, Via
 from optserve_client._watchdog import Watchdog
@@ -54,7 +53,7 @@ class Client:
         self._target = target
         self._watchdog = Watchdog()
         channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self._stub = OptimizerServiceStub(channel)
+        self._stub = stub_of(channel)
         self._driver = self._new_driver()
         self._session_drivers: weakref.WeakSet[BlockingDriver] = weakref.WeakSet()
         # Also when nobody closes it, at the latest when the interpreter ends.

@@ -163,6 +163,11 @@ def encode_as(expected: TensorHeader, array: ArrayLike, *, role: str, path: str)
     return data
 
 
+def form_of(header: TensorHeader) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """Return NumPy's data type and shape of a tensor, whose data type must be known."""
+    return DTYPES[header.data_type], tuple(header.shape)
+
+
 def messages(headers: Iterable[TensorHeader], tensors: Iterable[memoryview]) -> list[Tensor]:
     """Return whole small tensors as messages."""
     return [

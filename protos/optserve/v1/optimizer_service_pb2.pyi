@@ -541,9 +541,14 @@ class StepBegin(_message.Message):
 
     STEP_FIELD_NUMBER: _builtins.int
     GRADIENTS_FIELD_NUMBER: _builtins.int
+    EVERY_PARAMETER_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """step is the number of this step, from 1. Required. The number of the last applied step is answered once more with
     the same result, and applies nothing.
+    """
+    every_parameter: _builtins.bool
+    """every_parameter says that all of the session's parameters have a gradient, in its order: `gradients` stays empty, and
+    so does ParametersBegin.parameters in the answer, for both sides know them.
     """
     @_builtins.property
     def gradients(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]:
@@ -557,10 +562,11 @@ class StepBegin(_message.Message):
         *,
         step: _builtins.int = ...,
         gradients: _abc.Iterable[_tensor_pb2.TensorHeader] | None = ...,
+        every_parameter: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gradients", b"gradients", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["every_parameter", b"every_parameter", "gradients", b"gradients", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -595,7 +601,7 @@ class ParametersBegin(_message.Message):
     """step is the number of the step."""
     @_builtins.property
     def parameters(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]:
-        """parameters that follow: all of the session's, in its order."""
+        """parameters that follow: all of the session's, in its order. Empty after StepBegin.every_parameter."""
 
     def __init__(
         self,
@@ -610,6 +616,66 @@ class ParametersBegin(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ParametersBegin: _TypeAlias = ParametersBegin  # noqa: Y015
+
+@_typing.final
+class PackedStep(_message.Message):
+    """PackedStep is a whole step of a small model in one event; every parameter has a gradient."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    GRADIENTS_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """step is the number of this step, as in StepBegin."""
+    @_builtins.property
+    def gradients(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """gradients of all of the session's parameters, in its order: their bytes, as chunks would carry them. Together at most
+        Limits.chunk_bytes_max bytes, and so the parameters of the answer.
+        """
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        gradients: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gradients", b"gradients", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PackedStep: _TypeAlias = PackedStep  # noqa: Y015
+
+@_typing.final
+class PackedParameters(_message.Message):
+    """PackedParameters answers PackedStep, in one event."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULT_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def result(self) -> Global___StepResult:
+        """result of the step."""
+
+    @_builtins.property
+    def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """parameters after the step: the bytes of all of the session's, in its order."""
+
+    def __init__(
+        self,
+        *,
+        result: Global___StepResult | None = ...,
+        parameters: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PackedParameters: _TypeAlias = PackedParameters  # noqa: Y015
 
 @_typing.final
 class StepResult(_message.Message):
@@ -689,6 +755,7 @@ class TrainRequest(_message.Message):
     BEGIN_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    PACKED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___TrainOpen:
         """open is the first event, and only that."""
@@ -707,6 +774,10 @@ class TrainRequest(_message.Message):
     def end(self) -> Global___StepEnd:
         """end of the step: it is applied once every worker has ended it."""
 
+    @_builtins.property
+    def packed(self) -> Global___PackedStep:
+        """packed is a whole step: what begin, chunks and end say, in one event. Gives up a step that was begun, as begin does."""
+
     def __init__(
         self,
         *,
@@ -714,12 +785,13 @@ class TrainRequest(_message.Message):
         begin: Global___StepBegin | None = ...,
         chunks: _tensor_pb2.TensorChunks | None = ...,
         end: Global___StepEnd | None = ...,
+        packed: Global___PackedStep | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunks", b"chunks", "end", b"end", "event", b"event", "open", b"open"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunks", b"chunks", "end", b"end", "event", b"event", "open", b"open", "packed", b"packed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunks", b"chunks", "end", b"end", "event", b"event", "open", b"open"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunks", b"chunks", "end", b"end", "event", b"event", "open", b"open", "packed", b"packed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["open", "begin", "chunks", "end"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["open", "begin", "chunks", "end", "packed"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -740,6 +812,7 @@ class TrainResponse(_message.Message):
     CHUNKS_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    PACKED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___TrainOpened:
         """opened answers open."""
@@ -764,6 +837,10 @@ class TrainResponse(_message.Message):
         come of the answer is void.
         """
 
+    @_builtins.property
+    def packed(self) -> Global___PackedParameters:
+        """packed answers a packed step, in the place of begin, chunks and result."""
+
     def __init__(
         self,
         *,
@@ -772,12 +849,13 @@ class TrainResponse(_message.Message):
         chunks: _tensor_pb2.TensorChunks | None = ...,
         result: Global___StepResult | None = ...,
         refused: Global___StepRefused | None = ...,
+        packed: Global___PackedParameters | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunks", b"chunks", "event", b"event", "opened", b"opened", "refused", b"refused", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunks", b"chunks", "event", b"event", "opened", b"opened", "packed", b"packed", "refused", b"refused", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunks", b"chunks", "event", b"event", "opened", b"opened", "refused", b"refused", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunks", b"chunks", "event", b"event", "opened", b"opened", "packed", b"packed", "refused", b"refused", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["opened", "begin", "chunks", "result", "refused"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["opened", "begin", "chunks", "result", "refused", "packed"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -41,6 +41,8 @@ class Surroundings:
     observer: Observer
     monotonic: Callable[[], float] = time.monotonic
     """Seconds, from any beginning: for how long something takes."""
+    shared_memory: bool = True
+    """Whether tensors may lie in memory that clients on this host map."""
 
 
 @dataclass(slots=True)
@@ -167,10 +169,17 @@ class SessionActor:
         """
         return [self._position_of(tensor, f"{field}[{i}]") for i, tensor in enumerate(tensors)]
 
-    def begin(self, worker: int, step: int, announced: Sequence[TensorSpec]) -> Contribution:
-        """Prepare to receive the gradients of an attached worker; see Rounds.begin."""
+    def begin(self, worker: int, step: int, announced: Sequence[TensorSpec] | None) -> Contribution:
+        """Prepare to receive the gradients of an attached worker; see Rounds.begin.
+
+        Args:
+            worker: Who sends.
+            step: Number of the step.
+            announced: What will come. None: a gradient for every parameter, in their order.
+        """
         self.check_open()
-        return self._rounds.begin(worker, step, self.positions_of(announced, "gradients"))
+        positions = None if announced is None else self.positions_of(announced, "gradients")
+        return self._rounds.begin(worker, step, positions)
 
     async def commit(self, contribution: Contribution) -> tuple[StepOutcome, bool]:
         """Contribute what was received, and wait for the step; see Rounds.commit."""

@@ -29,6 +29,11 @@ class SharedLock:
         self._writing = False
         self._waiters: deque[_Waiter] = deque()
 
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody holds it, or waits for it."""
+        return not (self._writing or self._readers or self._waiters)
+
     @asynccontextmanager
     async def shared(self) -> AsyncIterator[None]:
         """Hold the lock together with other readers."""

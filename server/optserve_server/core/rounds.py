@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -53,18 +54,19 @@ class Rounds:
         self._round = Round(session.spec.workers, session.steps + 1)
         self._outcome = session.last_outcome
         self._staging: list[dict[int, Tensor]] = [{} for _ in range(session.spec.workers)]
+        self._staging_of_all: dict[int, Sequence[Tensor]] = {}
 
     def has(self, worker: int) -> bool:
         """Return whether the worker has contributed to the open round."""
         return self._round.has(worker)
 
-    def begin(self, worker: int, step: int, positions: Sequence[int]) -> Contribution:
+    def begin(self, worker: int, step: int, positions: Sequence[int] | None) -> Contribution:
         """Prepare to receive a worker's gradients for a step.
 
         Args:
             worker: Who sends; only one call at a time for each.
             step: Number of the step.
-            positions: Which parameters' gradients will come.
+            positions: Which parameters' gradients will come. None: those of all, in their order.
 
         Raises:
             OptserveError: The step cannot be taken. Nothing was changed.
@@ -78,13 +80,16 @@ class Rounds:
             settled = self._outcome
         elif round_.has(worker):  # It may be being applied by now: that is not to be done twice.
             settled = round_
-        targets = {} if settled else {each: self._staged(worker, each) for each in positions}
+        gradients: Sequence[Tensor | None] = ()
+        targets: Sequence[Tensor] = ()
+        if settled is None and positions is None:
+            gradients = targets = self._staged_all(worker)
+        elif settled is None and positions is not None:
+            staged = {each: self._staged(worker, each) for each in positions}
+            gradients = [staged.get(each) for each in range(len(self._session.parameters))]
+            targets = list(staged.values())
         return Contribution(
-            worker=worker,
-            step=step,
-            gradients=[targets.get(each) for each in range(len(self._session.parameters))],
-            targets=list(targets.values()),
-            settled=settled,
+            worker=worker, step=step, gradients=gradients, targets=targets, settled=settled
         )
 
     async def commit(self, contribution: Contribution) -> tuple[StepOutcome, bool]:
@@ -101,6 +106,8 @@ class Rounds:
                 raise self._out_of_order(contribution.step)
             return contribution.settled, True
         round_ = contribution.settled or await self._join(contribution)
+        if round_.done.done():
+            return round_.done.result(), False
         try:
             async with asyncio.timeout(self._session.spec.round_timeout_s):
                 await asyncio.shield(round_.closed)
@@ -120,7 +127,7 @@ class Rounds:
 
     def forget(self) -> None:
         """Let the gradients' memory go; there will be no more steps."""
-        self._staging = []
+        self._staging, self._staging_of_all = [], {}
 
     async def _join(self, contribution: Contribution) -> Round:
         """Add a contribution to the open round; start the step if it was the last one missing."""
@@ -133,35 +140,46 @@ class Rounds:
         if round_.done.done():  # It was abandoned meanwhile; waiting for it will say why.
             return round_
         round_.add(contribution.worker, gradients, self._monotonic())
-        if not round_.missing:
+        if round_.missing:
+            return round_
+        if session.is_small and self._work.lock.is_free:
+            # The way to a thread and back would cost more than the step. Nobody can come between.
+            with self._settling(round_):
+                session.step(round_.mean(self._device))
+        else:
             self._work.spawn(self._apply(round_))
         return round_
 
     async def _apply(self, round_: Round) -> None:
-        """Apply a complete round, and tell everybody who waits for it."""
-        session, workers = self._session, self._session.spec.workers
-        try:
-            async with self._work.lock.exclusive():
+        """Apply a complete round in a thread."""
+        async with self._work.lock.exclusive():
+            with self._settling(round_):
                 self._check_open()
-                try:
-                    outcome = await self._step(round_)
-                finally:
-                    self._outcome = session.last_outcome
-                    self._round = Round(workers, session.steps + 1)
-                    self._publish()
-        except Exception as error:  # noqa: BLE001 - Whatever it is belongs to those who wait.
-            round_.done.set_exception(error)
-        else:
-            round_.done.set_result(outcome)
-            self._stepped(outcome)
+                await self._work.run(lambda: self._session.step(round_.mean(self._device)))
 
-    async def _step(self, round_: Round) -> StepOutcome:
+    @contextmanager
+    def _settling(self, round_: Round) -> Iterator[None]:
+        """After a block that steps, open the next round, and tell those who wait what came of it.
+
+        The block has the session to itself. What it raises belongs to those who wait.
+        """
+        session, error = self._session, None
         started_s = self._monotonic()
         for arrival_s in round_.arrivals_s:
             self._observer.phase_ended(Phase.QUEUE, started_s - arrival_s)
-        outcome = await self._work.run(lambda: self._session.step(round_.mean(self._device)))
+        try:
+            yield
+        except Exception as caught:  # noqa: BLE001 - Of whatever kind.
+            error = caught
+        self._outcome = outcome = session.last_outcome
+        self._round = Round(session.spec.workers, session.steps + 1)
+        self._publish()
+        if error is not None or outcome is None:
+            round_.done.set_exception(error or AssertionError("a step has an outcome"))
+            return
         self._observer.phase_ended(Phase.APPLY, self._monotonic() - started_s)
-        return outcome
+        round_.done.set_result(outcome)
+        self._stepped(outcome)
 
     def _out_of_order(self, step: int) -> StepOutOfOrderError:
         return StepOutOfOrderError(
@@ -170,6 +188,13 @@ class Rounds:
             expected=self._round.step,
             actual=step,
         )
+
+    def _staged_all(self, worker: int) -> Sequence[Tensor]:
+        """Return the worker's buffers for all gradients: always the same list."""
+        if worker not in self._staging_of_all:
+            count = len(self._session.parameters)
+            self._staging_of_all[worker] = [self._staged(worker, each) for each in range(count)]
+        return self._staging_of_all[worker]
 
     def _staged(self, worker: int, position: int) -> Tensor:
         """Return the worker's buffer for a gradient.

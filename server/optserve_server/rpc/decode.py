@@ -42,13 +42,7 @@ def tensor_specs(
     Raises:
         OptserveError: There are none or too many, or one of them is not allowed.
     """
-    if len(headers) > limits.parameters_max:
-        raise LimitExceededError(
-            f"{len(headers)} tensors are announced; a session may have {limits.parameters_max}",
-            field=field,
-            expected=f"at most {limits.parameters_max}",
-            actual=len(headers),
-        )
+    check_tensor_count(len(headers), limits, field)
     specs = [tensor_spec(header, limits, f"{field}[{i}]") for i, header in enumerate(headers)]
     seen: set[str] = set()
     for i, spec in enumerate(specs):
@@ -59,6 +53,21 @@ def tensor_specs(
             )
         seen.add(spec.name)
     return specs
+
+
+def check_tensor_count(count: int, limits: Limits, field: str) -> None:
+    """Make sure that there are not more tensors than a session may have.
+
+    Raises:
+        LimitExceededError: There are.
+    """
+    if count > limits.parameters_max:
+        raise LimitExceededError(
+            f"{count} tensors are announced; a session may have {limits.parameters_max}",
+            field=field,
+            expected=f"at most {limits.parameters_max}",
+            actual=count,
+        )
 
 
 def tensor_spec(header: tensor_pb2.TensorHeader, limits: Limits, field: str) -> TensorSpec:

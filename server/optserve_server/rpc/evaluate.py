@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optserve.limits import MESSAGE_HEADROOM_BYTES
 from optserve.v1 import optimizer_service_pb2 as pb
-from optserve.v1.tensor_pb2 import TensorChunks
+from optserve.wire import Chunk
 from optserve_server.core.actor import SessionActor
 from optserve_server.core.errors import EventOutOfOrderError, LimitExceededError, MissingFieldError
 from optserve_server.core.events import Direction
@@ -61,7 +61,7 @@ async def evaluate(
 
 
 async def evaluate_stream(
-    requests: AsyncIterator[pb.EvaluateLossStreamRequest],
+    requests: AsyncIterator[pb.EvaluateLossStreamRequest | list[Chunk]],
     context: _Context,
     registry: SessionRegistry,
 ) -> None:
@@ -72,7 +72,7 @@ async def evaluate_stream(
     """
     limits = registry.limits
     first = await transfer.first(requests, "begin", limits)
-    if first.WhichOneof("event") != "begin":
+    if isinstance(first, list) or first.WhichOneof("event") != "begin":
         raise EventOutOfOrderError(
             "an evaluation begins with `begin`", field="event", expected="begin"
         )
@@ -87,13 +87,9 @@ async def evaluate_stream(
         _bytes_of(specs, registry), what="the evaluation", field="begin.predictions"
     ):
         received = [registry.surroundings.device.staging(spec) for spec in specs]
-        receiver = transfer.Receiver(received, _field_of, limits)
+        receiver = transfer.Receiver(transfer.buffers(received), _field_of, limits)
         while (request := await transfer.next_or_none(requests, limits)) is not None:
-            if request.WhichOneof("event") != "chunks":
-                raise EventOutOfOrderError(
-                    "chunks follow `begin`", field="event", expected="chunks"
-                )
-            receiver.add(request.chunks)
+            receiver.add(transfer.chunks_of(request))
         receiver.finish()
         outcome = await _evaluate(actor, begin, received[0], received[1], registry)
         tensors = _tensors(outcome)
@@ -106,11 +102,8 @@ async def evaluate_stream(
         await transfer.in_time(
             context.write(pb.EvaluateLossStreamResponse(evaluated=evaluated)), limits
         )
-
-        async def write(chunks: TensorChunks) -> None:
-            await context.write(pb.EvaluateLossStreamResponse(chunks=chunks))
-
-        count = await transfer.send(list(tensors.values()), write, limits)
+        sources = transfer.buffers(tensors.values())
+        count = await transfer.send(sources, context.write, limits)
         registry.surroundings.observer.bytes_moved(Direction.SENT, count)
 
 

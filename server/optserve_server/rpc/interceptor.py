@@ -15,9 +15,10 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import grpc
-from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import Message
+from google.protobuf.descriptor import Descriptor, MethodDescriptor, ServiceDescriptor
+from google.protobuf.message_factory import GetMessageClass
 
+from optserve.codec import ChunkCodec
 from optserve_server.core.errors import MalformedMessageError, OptserveError
 from optserve_server.core.events import Observer, RpcKind, RpcMethod
 from optserve_server.rpc import status
@@ -43,6 +44,8 @@ class Boundary(grpc.aio.ServerInterceptor):
     def __init__(self, service: ServiceDescriptor, observer: Observer) -> None:
         """Watch ``service`` and tell ``observer``."""
         self._methods = {f"/{each.service}/{each.method}": each for each in methods_of(service)}
+        self._codecs = {each.name: _codec_of(each.input_type) for each in service.methods}
+        self._answer_codecs = {each.name: _codec_of(each.output_type) for each in service.methods}
         self._observer = observer
 
     async def intercept_service(
@@ -67,14 +70,13 @@ class Boundary(grpc.aio.ServerInterceptor):
             RpcKind.CLIENT_STREAM: (grpc.stream_unary_rpc_method_handler, self._with_messages),
             RpcKind.BIDI_STREAM: (grpc.stream_stream_rpc_method_handler, self._with_messages),
         }[method.kind]
+        codec, answer_codec = self._codecs[method.method], self._answer_codecs[method.method]
+        decode = codec.decode if codec else handler.request_deserializer
+        encode = answer_codec.encode if answer_codec else handler.response_serializer
         return make(
             wrap(method, behaviour),
-            request_deserializer=functools.partial(
-                self._decode, method, handler.request_deserializer
-            ),
-            response_serializer=functools.partial(
-                self._encode, method, handler.response_serializer
-            ),
+            request_deserializer=functools.partial(self._decode, method, decode),
+            response_serializer=functools.partial(self._encode, method, encode),
         )
 
     def _decode(self, method: RpcMethod, decode: Callable[[bytes], Any], data: bytes) -> Any:
@@ -134,14 +136,14 @@ class Boundary(grpc.aio.ServerInterceptor):
 def _checked(method: RpcMethod, request: Any) -> Any:
     if request is _MALFORMED:
         raise MalformedMessageError(f"the bytes are no message of {method.method}")
-    if not _is_chunks(request):
+    if not isinstance(request, list):  # Chunks, which are full of bytes, have no other fields.
         check_known(request)
     return request
 
 
-def _is_chunks(request: Message) -> bool:
-    """Return whether this is one of many messages full of bytes, which are not looked through."""
-    return "event" in request.DESCRIPTOR.oneofs_by_name and request.WhichOneof("event") == "chunks"
+def _codec_of(message: Descriptor) -> ChunkCodec[Any] | None:
+    """Return the codec of the events of a stream that carries tensors; None for other messages."""
+    return ChunkCodec(GetMessageClass(message)) if "chunks" in message.fields_by_name else None
 
 
 def _kind(method: MethodDescriptor) -> RpcKind:

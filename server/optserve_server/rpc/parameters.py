@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from optserve.v1 import optimizer_service_pb2 as pb
-from optserve.v1.tensor_pb2 import TensorChunks
+from optserve.wire import Chunk
 from optserve_server.core.actor import SessionActor
 from optserve_server.core.errors import (
     EventOutOfOrderError,
@@ -24,7 +24,7 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 async def upload(
-    requests: AsyncIterator[pb.UploadParametersRequest], registry: SessionRegistry
+    requests: AsyncIterator[pb.UploadParametersRequest | list[Chunk]], registry: SessionRegistry
 ) -> SessionActor:
     """Receive values of parameters, then set them all at once; return the session.
 
@@ -33,7 +33,7 @@ async def upload(
     """
     limits, observer = registry.limits, registry.surroundings.observer
     begin = await transfer.first(requests, "begin", limits)
-    if begin.WhichOneof("event") != "begin":
+    if isinstance(begin, list) or begin.WhichOneof("event") != "begin":
         raise EventOutOfOrderError("an upload begins with `begin`", field="event", expected="begin")
     actor = registry.find(begin.begin.session_id)
     specs = decode.tensor_specs(begin.begin.parameters, limits, "begin.parameters")
@@ -45,13 +45,10 @@ async def upload(
     count = sum(spec.byte_count for spec in specs)
     with registry.budget.reserved(count, what="the upload", field="begin.parameters"):
         values = [registry.surroundings.device.staging(spec) for spec in specs]
-        receiver = transfer.Receiver(values, "begin.parameters[{}]".format, limits)
+        targets = transfer.buffers(values)
+        receiver = transfer.Receiver(targets, "begin.parameters[{}]".format, limits)
         while (request := await transfer.next_or_none(requests, limits)) is not None:
-            if request.WhichOneof("event") != "chunks":
-                raise EventOutOfOrderError(
-                    "chunks follow `begin`", field="event", expected="chunks"
-                )
-            receiver.add(request.chunks)
+            receiver.add(transfer.chunks_of(request))
         receiver.finish()
         observer.bytes_moved(Direction.RECEIVED, count)
         await actor.set_parameters(dict(zip(positions, values, strict=True)))
@@ -78,9 +75,9 @@ async def download(
         len(specs)
     )
 
-    async def write(chunks: TensorChunks) -> None:
+    async def write(chunks: list[Chunk]) -> None:
         actor.check_open()
-        await context.write(pb.DownloadParametersResponse(chunks=chunks))
+        await context.write(chunks)
 
     async with actor.reading() as parameters:
         begin = pb.DownloadBegin(
@@ -88,7 +85,8 @@ async def download(
             parameters=[encode.tensor_header(specs[i]) for i in positions],
         )
         await transfer.in_time(context.write(pb.DownloadParametersResponse(begin=begin)), limits)
-        count = await transfer.send([parameters[i] for i in positions], write, limits)
+        sources = transfer.buffers(parameters[i] for i in positions)
+        count = await transfer.send(sources, write, limits)
     observer.bytes_moved(Direction.SENT, count)
 
 

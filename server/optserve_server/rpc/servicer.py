@@ -16,7 +16,16 @@ from optserve_server import __version__
 from optserve_server.core.errors import TooManyError, within
 from optserve_server.core.events import Direction
 from optserve_server.core.registry import SessionRegistry
-from optserve_server.rpc import change, decode, decode_spec, encode, evaluate, parameters, train
+from optserve_server.rpc import (
+    change,
+    decode,
+    decode_spec,
+    encode,
+    evaluate,
+    parameters,
+    step,
+    train,
+)
 from optserve_server.rpc.catalogue import catalogue
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -131,7 +140,7 @@ class OptimizerServicer(OptimizerServiceServicer):
 
     async def Step(self, request: pb.StepRequest, context: _Context) -> pb.StepResponse:
         """Take a step that came in one message."""
-        return await train.step(request, self._registry)
+        return await step.step(request, self._registry)
 
     async def EndEpoch(self, request: pb.EndEpochRequest, context: _Context) -> pb.EndEpochResponse:
         """End an epoch."""

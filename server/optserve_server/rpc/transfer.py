@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
+from google.protobuf.message import Message
 from torch import Tensor
 
 from optserve import wire
-from optserve.v1.tensor_pb2 import TensorChunks
 from optserve_server.core.errors import (
     ByteCountMismatchError,
     ChunkOutOfOrderError,
@@ -23,24 +23,43 @@ from optserve_server.core.tensors import byte_view
 _T = TypeVar("_T")
 
 
+class Views:
+    """Buffers over tensors, which are made once for as long as the tensors are the same."""
+
+    def __init__(self) -> None:
+        self._tensors: Sequence[Tensor] | None = None
+        self._buffers: list[wire.Buffer] = []
+
+    def of(self, tensors: Sequence[Tensor]) -> list[wire.Buffer]:
+        """Return a buffer over each of the tensors: contiguous, on the CPU."""
+        if tensors is not self._tensors:  # The very same list, not an equal one.
+            self._tensors, self._buffers = tensors, buffers(tensors)
+        return self._buffers
+
+
+def buffers(tensors: Iterable[Tensor]) -> list[wire.Buffer]:
+    """Return a buffer over each of the tensors: contiguous, on the CPU."""
+    return [wire.Buffer(byte_view(tensor)) for tensor in tensors]
+
+
 class Receiver:
     """Fills tensors from chunks; errors name the field in which the tensor was announced."""
 
     def __init__(
-        self, targets: Sequence[Tensor], field_of: Callable[[int], str], limits: Limits
+        self, targets: Sequence[wire.Target], field_of: Callable[[int], str], limits: Limits
     ) -> None:
-        """Fill ``targets``: contiguous CPU tensors, in the announced order.
+        """Fill ``targets``, in the announced order.
 
         Args:
             targets: What to fill.
             field_of: Path of the field that announced the tensor at a position.
             limits: In force.
         """
-        self._assembly = wire.Assembly([byte_view(target) for target in targets])
+        self._assembly = wire.Assembly(targets)
         self._field_of = field_of
         self._chunk_bytes_max = limits.chunk_bytes_max
 
-    def add(self, message: TensorChunks) -> int:
+    def add(self, chunks: Sequence[wire.Chunk]) -> int:
         """Write the chunks where they belong; return how many bytes they are.
 
         Raises:
@@ -48,7 +67,7 @@ class Receiver:
             LimitExceededError: There is more in it than allowed.
         """
         try:
-            count = self._assembly.add(message.chunks)
+            count = self._assembly.add(chunks)
         except wire.ByteCountError as error:
             raise self._mismatch(error) from None
         except wire.ChunkError as error:
@@ -89,6 +108,17 @@ class Receiver:
             expected=error.expected,
             actual=error.actual,
         )
+
+
+def chunks_of(event: Message | list[wire.Chunk]) -> list[wire.Chunk]:
+    """Return the chunks that an event is.
+
+    Raises:
+        EventOutOfOrderError: It is another event.
+    """
+    if not isinstance(event, list):
+        raise EventOutOfOrderError("chunks follow `begin`", field="event", expected="chunks")
+    return event
 
 
 async def first(events: AsyncIterator[_T], wanted: str, limits: Limits) -> _T:
@@ -137,16 +167,17 @@ async def in_time(transfer: Awaitable[_T], limits: Limits) -> _T:
 
 
 async def send(
-    tensors: Sequence[Tensor], write: Callable[[TensorChunks], Awaitable[None]], limits: Limits
+    sources: Sequence[wire.Source],
+    write: Callable[[list[wire.Chunk]], Awaitable[None]],
+    limits: Limits,
 ) -> int:
     """Write tensors as chunks; return how many bytes they are.
 
     Args:
-        tensors: Contiguous, on the CPU, held still by the caller until this is done.
-        write: Takes one message of chunks.
+        sources: Held still by the caller until this is done.
+        write: Takes the chunks of one message.
         limits: For the size of the chunks and the time that one may take.
     """
-    views = [byte_view(tensor) for tensor in tensors]
-    for chunks in wire.split(views, limits.chunk_bytes_max):
+    for chunks in wire.split(sources, limits.chunk_bytes_max):
         await in_time(write(chunks), limits)
-    return sum(len(view) for view in views)
+    return sum(source.byte_count for source in sources)
