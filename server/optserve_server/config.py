@@ -75,6 +75,8 @@ class Config(BaseSettings):
     """How many sessions may compute at the same time."""
     torch_threads: Annotated[int, Field(ge=0)] = 0
     """How many cores torch uses for one operation; 0 leaves it to torch."""
+    shared_memory: bool = True
+    """Whether clients of the same user on this host may have tensors in memory that they share."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least important messages that are logged."""
