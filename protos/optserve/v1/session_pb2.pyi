@@ -177,6 +177,42 @@ class SessionLimits(_message.Message):
 Global___SessionLimits: _TypeAlias = SessionLimits  # noqa: Y015
 
 @_typing.final
+class Wire(_message.Message):
+    """Wire says how the tensors of a step travel; all others travel in their own data type.
+
+    Anything but ENCODING_UNSPECIFIED is for sessions whose parameters are all FP32, and is refused for others.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRADIENTS_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    gradients: _tensor_pb2.Encoding.ValueType
+    """gradients are encoded by the workers. With ENCODING_INT8_BLOCKS a worker should add to each gradient what was lost of
+    the one before: it keeps a residual e, zero at first; it sends the codes of x = gradient + e; and once the step has
+    been answered, e is x less what the codes stand for, or zero in a block of NaNs. A step that is taken again is sent with
+    the same bytes. Unset: their own data type.
+    """
+    parameters: _tensor_pb2.Encoding.ValueType
+    """parameters are encoded by the server in the answers to steps. It keeps the exact ones; rounding never adds up. With
+    ENCODING_INT8_BLOCKS they are differences to what the worker has already, and so nearly exact: see ParametersBegin.
+    Unset: their own data type.
+    """
+    def __init__(
+        self,
+        *,
+        gradients: _tensor_pb2.Encoding.ValueType = ...,
+        parameters: _tensor_pb2.Encoding.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gradients", b"gradients", "parameters", b"parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Wire: _TypeAlias = Wire  # noqa: Y015
+
+@_typing.final
 class SessionSpec(_message.Message):
     """SessionSpec is what a session is made from, and, in answers, what is in force: every default filled in."""
 
@@ -191,6 +227,7 @@ class SessionSpec(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     NON_FINITE_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    WIRE_FIELD_NUMBER: _builtins.int
     display_name: _builtins.str
     """display_name is for people; at most Limits.name_bytes_max bytes. Empty: none."""
     workers: _builtins.int
@@ -223,6 +260,10 @@ class SessionSpec(_message.Message):
     def limits(self) -> Global___SessionLimits:
         """limits that the client asks for itself. Unset: the server's."""
 
+    @_builtins.property
+    def wire(self) -> Global___Wire:
+        """wire says how gradients and parameters travel in steps. Unset: in their own data type."""
+
     def __init__(
         self,
         *,
@@ -235,10 +276,11 @@ class SessionSpec(_message.Message):
         workers: _builtins.int = ...,
         non_finite: Global___NonFinitePolicy.ValueType = ...,
         limits: Global___SessionLimits | None = ...,
+        wire: Global___Wire | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_scheduler", b"_scheduler", "limits", b"limits", "loss", b"loss", "optimizer", b"optimizer", "scheduler", b"scheduler"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_scheduler", b"_scheduler", "limits", b"limits", "loss", b"loss", "optimizer", b"optimizer", "scheduler", b"scheduler", "wire", b"wire"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_scheduler", b"_scheduler", "display_name", b"display_name", "groups", b"groups", "limits", b"limits", "loss", b"loss", "non_finite", b"non_finite", "optimizer", b"optimizer", "parameters", b"parameters", "scheduler", b"scheduler", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_scheduler", b"_scheduler", "display_name", b"display_name", "groups", b"groups", "limits", b"limits", "loss", b"loss", "non_finite", b"non_finite", "optimizer", b"optimizer", "parameters", b"parameters", "scheduler", b"scheduler", "wire", b"wire", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015

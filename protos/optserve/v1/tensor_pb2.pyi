@@ -77,6 +77,59 @@ DATA_TYPE_BF16: DataType.ValueType  # 10
 """bfloat16: 8 bits of exponent, 7 of fraction."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
+class _Encoding:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENCODING_UNSPECIFIED: _Encoding.ValueType  # 0
+    """Not encoded: the elements in the tensor's own data type, exactly."""
+    ENCODING_BF16: _Encoding.ValueType  # 1
+    """bfloat16, 2 bytes for each element, little-endian: rounded to nearest, ties to even. What lies beyond its largest number
+    becomes an infinity; subnormals are rounded like other numbers; every NaN becomes 0x7FC0. Widened again exactly.
+    """
+    ENCODING_FP16: _Encoding.ValueType  # 2
+    """IEEE 754 binary16, 2 bytes for each element, little-endian: rounded to nearest, ties to even. Magnitudes from 65520
+    become infinities; below 2^-14 they become its subnormals; every NaN becomes 0x7E00. Widened again exactly.
+    """
+    ENCODING_INT8_BLOCKS: _Encoding.ValueType  # 3
+    """Blocks of 256 elements, in row-major order; the last one holds what is left. A block is its scale, 4 bytes, FP32,
+    little-endian, and then a code for each element, 1 byte, two's complement: n + 4 * ceil(n / 256) bytes for n elements.
+    The scale is m / 127, where m is the largest magnitude in the block. A code is element / scale, rounded to the nearest
+    integer, ties to even; it lies between -127 and 127. A code stands for code * scale.
+    A scale below 2^-126 becomes 0, and so do the codes: the block is zeros. Where an element is not finite, or 127 * scale
+    overflows, the scale is the NaN 0x7FC00000 and the codes are 0: the block stands for NaNs.
+    """
+
+class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
+    """Encoding says how the elements of FP32 tensors travel, where fewer bytes are wanted: see SessionSpec.wire.
+
+    A tensor's header keeps its data type and shape; the encoding decides what bytes stand for its elements, and how many.
+    Arithmetic is IEEE 754 binary32, each operation rounded to nearest, ties to even, subnormals kept; nothing is fused.
+    Equal elements become equal bytes, in any language.
+    """
+
+ENCODING_UNSPECIFIED: Encoding.ValueType  # 0
+"""Not encoded: the elements in the tensor's own data type, exactly."""
+ENCODING_BF16: Encoding.ValueType  # 1
+"""bfloat16, 2 bytes for each element, little-endian: rounded to nearest, ties to even. What lies beyond its largest number
+becomes an infinity; subnormals are rounded like other numbers; every NaN becomes 0x7FC0. Widened again exactly.
+"""
+ENCODING_FP16: Encoding.ValueType  # 2
+"""IEEE 754 binary16, 2 bytes for each element, little-endian: rounded to nearest, ties to even. Magnitudes from 65520
+become infinities; below 2^-14 they become its subnormals; every NaN becomes 0x7E00. Widened again exactly.
+"""
+ENCODING_INT8_BLOCKS: Encoding.ValueType  # 3
+"""Blocks of 256 elements, in row-major order; the last one holds what is left. A block is its scale, 4 bytes, FP32,
+little-endian, and then a code for each element, 1 byte, two's complement: n + 4 * ceil(n / 256) bytes for n elements.
+The scale is m / 127, where m is the largest magnitude in the block. A code is element / scale, rounded to the nearest
+integer, ties to even; it lies between -127 and 127. A code stands for code * scale.
+A scale below 2^-126 becomes 0, and so do the codes: the block is zeros. Where an element is not finite, or 127 * scale
+overflows, the scale is the NaN 0x7FC00000 and the codes are 0: the block stands for NaNs.
+"""
+Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
+
 @_typing.final
 class TensorHeader(_message.Message):
     """TensorHeader says what a tensor is; its bytes come in chunks, or beside it in a Tensor."""
@@ -118,7 +171,7 @@ class Tensor(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """data holds the elements, row-major, without padding: product(shape) elements."""
+    """data holds the elements, row-major, without padding: product(shape) elements; or what an Encoding makes of them."""
     @_builtins.property
     def header(self) -> Global___TensorHeader:
         """header says what the tensor is. Required."""

@@ -59,6 +59,23 @@ class Split(enum.StrEnum):
     VALIDATION = "validation"
 
 
+class Encoding(enum.StrEnum):
+    """How the elements of a step's tensors travel; PLAIN is in their own data type."""
+
+    PLAIN = "PLAIN"
+    BF16 = "BF16"
+    FP16 = "FP16"
+    INT8_BLOCKS = "INT8_BLOCKS"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wire:
+    """How the tensors of a step travel, in each direction."""
+
+    gradients: Encoding = Encoding.PLAIN
+    parameters: Encoding = Encoding.PLAIN
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionSpec:
     """What is in force for a session, every default filled in."""
@@ -75,3 +92,5 @@ class SessionSpec:
     allow_non_finite: bool
     loss_points_max: int
     round_timeout_s: float
+    wire: Wire = field(default_factory=Wire)
+    """Anything but PLAIN only if every parameter is FP32."""
