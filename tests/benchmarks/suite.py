@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from benchmarks import bulk, small
+from benchmarks import bulk, capped, small
 from benchmarks.conditions import Benchmark
 
 BENCHMARKS = (
+    Benchmark(
+        name="capped",
+        summary="25 M parameters over a link of 2 Gbit/s: the line rate, torch RPC (needs root)",
+        run=capped.capped,
+    ),
     Benchmark(
         name="loopback",
         summary="25 M parameters over loopback TCP: raw sockets, torch RPC, Ray, gRPC + torch.save",

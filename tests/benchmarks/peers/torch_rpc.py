@@ -88,8 +88,9 @@ class RpcPeer(BlockingPeer):
 
 
 def _join(job: Job, name: str, rank: int) -> None:
-    # Else it listens where the host's own name leads.
-    os.environ["TP_SOCKET_IFNAME"] = job.options.get(f"{name}_interface", "lo")
+    # Else both listen where the host's own name leads.
+    interface = job.options.get(f"{name}_interface", "lo")
+    os.environ |= {"TP_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
     channels = job.options["channels"]
     options = rpc.TensorPipeRpcBackendOptions(
         num_worker_threads=4,
