@@ -491,23 +491,101 @@ class TrainOpen(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """session_id is required."""
     worker: _builtins.int
     """worker that sends, from 0 to the session's workers - 1. One stream or Step call at a time for each."""
+    shared_memory: _builtins.bool
+    """shared_memory asks for TrainOpened.shared_memory."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         worker: _builtins.int = ...,
+        shared_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id", "shared_memory", b"shared_memory", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TrainOpen: _TypeAlias = TrainOpen  # noqa: Y015
+
+@_typing.final
+class SharedRegion(_message.Message):
+    """SharedRegion is memory of the server that a client on its host can map: the file `/proc/<process>/fd/<descriptor>`.
+
+    Its first 64 bytes are a head, of which the first 16 are the token. Behind it stand tensors, one for each of the session's
+    parameters, in its order and of its data type and shape: row-major, little-endian, each at the next multiple of 64 bytes.
+    A client looks whether the link leads to a file named "/memfd:optserve", opens it, and compares size and token: in a
+    container of its own it may find another file there, or none. Then it goes on without.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESCRIPTOR_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    BYTE_COUNT_FIELD_NUMBER: _builtins.int
+    descriptor: _builtins.int
+    """descriptor of the file in the server's process."""
+    token: _builtins.bytes
+    """token that the region begins with: 16 random bytes."""
+    byte_count: _builtins.int
+    """byte_count is the size of the file, which nobody can change."""
+    def __init__(
+        self,
+        *,
+        descriptor: _builtins.int = ...,
+        token: _builtins.bytes = ...,
+        byte_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_count", b"byte_count", "descriptor", b"descriptor", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedRegion: _TypeAlias = SharedRegion  # noqa: Y015
+
+@_typing.final
+class SharedMemory(_message.Message):
+    """SharedMemory is where tensors lie that do not travel: see SharedStep. The regions are the same ones whenever the worker's
+    stream is opened, and who has mapped them keeps them, even when session and server have gone.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESS_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    GRADIENTS_FIELD_NUMBER: _builtins.int
+    process: _builtins.int
+    """process is the id of the server's process."""
+    @_builtins.property
+    def parameters(self) -> Global___SharedRegion:
+        """parameters of the session, to be read only; as they are now: steps and uploads are seen while they happen. Between the
+        result of a step and the next one to which every worker has contributed no step changes them.
+        """
+
+    @_builtins.property
+    def gradients(self) -> Global___SharedRegion:
+        """gradients of this worker, to be written."""
+
+    def __init__(
+        self,
+        *,
+        process: _builtins.int = ...,
+        parameters: Global___SharedRegion | None = ...,
+        gradients: Global___SharedRegion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gradients", b"gradients", "parameters", b"parameters"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gradients", b"gradients", "parameters", b"parameters", "process", b"process"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedMemory: _TypeAlias = SharedMemory  # noqa: Y015
 
 @_typing.final
 class TrainOpened(_message.Message):
@@ -516,18 +594,26 @@ class TrainOpened(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STATUS_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def status(self) -> _session_pb2.SessionStatus:
         """status of the session; the first step on the stream is status.steps + 1."""
+
+    @_builtins.property
+    def shared_memory(self) -> Global___SharedMemory:
+        """shared_memory is an offer to a client on the server's host, which need not take it: the stream takes steps of every
+        form. Unset: not asked for, or there is none, or the client is elsewhere.
+        """
 
     def __init__(
         self,
         *,
         status: _session_pb2.SessionStatus | None = ...,
+        shared_memory: Global___SharedMemory | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shared_memory", b"shared_memory", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shared_memory", b"shared_memory", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -678,6 +764,39 @@ class PackedParameters(_message.Message):
 Global___PackedParameters: _TypeAlias = PackedParameters  # noqa: Y015
 
 @_typing.final
+class SharedStep(_message.Message):
+    """SharedStep is a whole step whose gradients lie in SharedMemory.gradients, and whose answer is the result alone: the
+    parameters lie in SharedMemory.parameters.
+
+    Until the answer has come the gradients must not change; what is written meanwhile may be in the step or not, in part or
+    whole. After it they are undefined. A step that is taken again is taken with the same gradients.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    ABSENT_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """step is the number of this step, as in StepBegin."""
+    @_builtins.property
+    def absent(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """absent are the positions of the parameters, from 0, that have no gradient: see StepBegin.gradients."""
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        absent: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedStep: _TypeAlias = SharedStep  # noqa: Y015
+
+@_typing.final
 class StepResult(_message.Message):
     """StepResult is what a step did."""
 
@@ -756,6 +875,7 @@ class TrainRequest(_message.Message):
     CHUNKS_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     PACKED_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___TrainOpen:
         """open is the first event, and only that."""
@@ -778,6 +898,10 @@ class TrainRequest(_message.Message):
     def packed(self) -> Global___PackedStep:
         """packed is a whole step: what begin, chunks and end say, in one event. Gives up a step that was begun, as begin does."""
 
+    @_builtins.property
+    def shared(self) -> Global___SharedStep:
+        """shared is a whole step in shared memory, on a stream that was offered it. Gives up a step that was begun, as begin does."""
+
     def __init__(
         self,
         *,
@@ -786,12 +910,13 @@ class TrainRequest(_message.Message):
         chunks: _tensor_pb2.TensorChunks | None = ...,
         end: Global___StepEnd | None = ...,
         packed: Global___PackedStep | None = ...,
+        shared: Global___SharedStep | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunks", b"chunks", "end", b"end", "event", b"event", "open", b"open", "packed", b"packed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunks", b"chunks", "end", b"end", "event", b"event", "open", b"open", "packed", b"packed", "shared", b"shared"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunks", b"chunks", "end", b"end", "event", b"event", "open", b"open", "packed", b"packed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunks", b"chunks", "end", b"end", "event", b"event", "open", b"open", "packed", b"packed", "shared", b"shared"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["open", "begin", "chunks", "end", "packed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["open", "begin", "chunks", "end", "packed", "shared"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -829,7 +954,9 @@ class TrainResponse(_message.Message):
 
     @_builtins.property
     def result(self) -> Global___StepResult:
-        """result of the step, which has been applied: ends the answer, after the last chunk."""
+        """result of the step, which has been applied: ends the answer, after the last chunk. It is all of the answer to a shared
+        step.
+        """
 
     @_builtins.property
     def refused(self) -> Global___StepRefused:

@@ -171,9 +171,9 @@ class OptimizerServiceServicer:
 
     def Train(self, request_iterator, context):
         """Train takes the steps of one worker for as long as it likes: begin, chunks, end; answered by begin, chunks, result;
-        and again. A step of a small model may come packed, and is answered so. The stream is opened by `open`, answered by
-        `opened`. A refused step does not end it; DRAINING, EVENT_OUT_OF_ORDER, SESSION_DELETED, STALLED, MALFORMED_MESSAGE,
-        UNKNOWN_FIELD and INTERNAL do, as its status.
+        and again. A step of a small model may come packed, and is answered so; one in shared memory is a message each way. The
+        stream is opened by `open`, answered by `opened`. A refused step does not end it; DRAINING, EVENT_OUT_OF_ORDER,
+        SESSION_DELETED, STALLED, MALFORMED_MESSAGE, UNKNOWN_FIELD and INTERNAL do, as its status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,9 +52,9 @@ class OptimizerServiceStub:
     """DownloadParameters sends values of parameters as they are between two steps."""
     Train: _grpc.StreamStreamMultiCallable[_optimizer_service_pb2.TrainRequest, _optimizer_service_pb2.TrainResponse]
     """Train takes the steps of one worker for as long as it likes: begin, chunks, end; answered by begin, chunks, result;
-    and again. A step of a small model may come packed, and is answered so. The stream is opened by `open`, answered by
-    `opened`. A refused step does not end it; DRAINING, EVENT_OUT_OF_ORDER, SESSION_DELETED, STALLED, MALFORMED_MESSAGE,
-    UNKNOWN_FIELD and INTERNAL do, as its status.
+    and again. A step of a small model may come packed, and is answered so; one in shared memory is a message each way. The
+    stream is opened by `open`, answered by `opened`. A refused step does not end it; DRAINING, EVENT_OUT_OF_ORDER,
+    SESSION_DELETED, STALLED, MALFORMED_MESSAGE, UNKNOWN_FIELD and INTERNAL do, as its status.
     """
     Step: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.StepRequest, _optimizer_service_pb2.StepResponse]
     """Step is one step in one message each way, for small models, and where streams do not pass."""
@@ -95,9 +95,9 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
     """DownloadParameters sends values of parameters as they are between two steps."""
     Train: _aio.StreamStreamMultiCallable[_optimizer_service_pb2.TrainRequest, _optimizer_service_pb2.TrainResponse]  # type: ignore[assignment]
     """Train takes the steps of one worker for as long as it likes: begin, chunks, end; answered by begin, chunks, result;
-    and again. A step of a small model may come packed, and is answered so. The stream is opened by `open`, answered by
-    `opened`. A refused step does not end it; DRAINING, EVENT_OUT_OF_ORDER, SESSION_DELETED, STALLED, MALFORMED_MESSAGE,
-    UNKNOWN_FIELD and INTERNAL do, as its status.
+    and again. A step of a small model may come packed, and is answered so; one in shared memory is a message each way. The
+    stream is opened by `open`, answered by `opened`. A refused step does not end it; DRAINING, EVENT_OUT_OF_ORDER,
+    SESSION_DELETED, STALLED, MALFORMED_MESSAGE, UNKNOWN_FIELD and INTERNAL do, as its status.
     """
     Step: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.StepRequest, _optimizer_service_pb2.StepResponse]  # type: ignore[assignment]
     """Step is one step in one message each way, for small models, and where streams do not pass."""
@@ -183,9 +183,9 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_optimizer_service_pb2.TrainResponse], _abc.AsyncIterator[_optimizer_service_pb2.TrainResponse]]:
         """Train takes the steps of one worker for as long as it likes: begin, chunks, end; answered by begin, chunks, result;
-        and again. A step of a small model may come packed, and is answered so. The stream is opened by `open`, answered by
-        `opened`. A refused step does not end it; DRAINING, EVENT_OUT_OF_ORDER, SESSION_DELETED, STALLED, MALFORMED_MESSAGE,
-        UNKNOWN_FIELD and INTERNAL do, as its status.
+        and again. A step of a small model may come packed, and is answered so; one in shared memory is a message each way. The
+        stream is opened by `open`, answered by `opened`. A refused step does not end it; DRAINING, EVENT_OUT_OF_ORDER,
+        SESSION_DELETED, STALLED, MALFORMED_MESSAGE, UNKNOWN_FIELD and INTERNAL do, as its status.
         """
 
     @_abc_1.abstractmethod

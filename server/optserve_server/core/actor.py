@@ -14,6 +14,7 @@ from torch import Tensor
 
 from optserve_server.core.device import Device
 from optserve_server.core.errors import (
+    EventOutOfOrderError,
     InvalidFieldError,
     SessionDeletedError,
     UnknownNameError,
@@ -22,6 +23,7 @@ from optserve_server.core.errors import (
 )
 from optserve_server.core.events import LossEvaluated, Observer, SessionOpened, StepApplied
 from optserve_server.core.losses import LossOutcome
+from optserve_server.core.region import Region
 from optserve_server.core.round import Contribution
 from optserve_server.core.rounds import Rounds
 from optserve_server.core.session import Session, StepOutcome
@@ -52,6 +54,16 @@ class Attachment:
     task: asyncio.Task[Any]
     resting: bool = False
     """Whether the call waits between two steps, where it can be ended without harm."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedMemory:
+    """Where a worker on this host finds its tensors."""
+
+    parameters: Region
+    """The session's, for the worker to read."""
+    gradients: Region
+    """The worker's, for it to write."""
 
 
 class SessionActor:
@@ -88,6 +100,7 @@ class SessionActor:
         )
         self._positions = {parameter.name: i for i, parameter in enumerate(session.spec.parameters)}
         self._attached: dict[int, Attachment] = {}
+        self._shared: dict[int, SharedMemory] = {}
         self._readers: set[asyncio.Task[Any]] = set()
         self._draining = False
 
@@ -153,6 +166,21 @@ class SessionActor:
             if self._draining:
                 self._abandon_hopeless_round()
 
+    async def share(self, worker: int) -> SharedMemory:
+        """Let an attached worker map the parameters and its gradients; always the same regions.
+
+        Raises:
+            RegionUnavailableError: There is no memory to share. Nothing was changed.
+        """
+        if worker not in self._shared:
+
+            def share() -> SharedMemory:
+                parameters = self.session.share()
+                return SharedMemory(parameters=parameters, gradients=self._rounds.share(worker))
+
+            self._shared[worker] = await self.work.run_alone(share, self.check_open)
+        return self._shared[worker]
+
     def position(self, name: str) -> int | None:
         """Return which parameter has the name; None if none has."""
         return self._positions.get(name)
@@ -180,6 +208,27 @@ class SessionActor:
         self.check_open()
         positions = None if announced is None else self.positions_of(announced, "gradients")
         return self._rounds.begin(worker, step, positions)
+
+    def begin_shared(self, worker: int, step: int, absent: Sequence[int]) -> Contribution:
+        """Prepare to take the gradients of an attached worker from where they are shared.
+
+        Args:
+            worker: Who has written them.
+            step: Number of the step.
+            absent: Positions of the parameters that have no gradient.
+
+        Raises:
+            EventOutOfOrderError: Nothing is shared with the worker.
+            OptserveError: As of Rounds.begin.
+        """
+        self.check_open()
+        if worker not in self._shared:
+            raise EventOutOfOrderError(
+                f"worker {worker} shares no memory with the server", field="event"
+            )
+        missing = set(absent)
+        present = [each for each in range(len(self._positions)) if each not in missing]
+        return self._rounds.begin(worker, step, present if missing else None)
 
     async def commit(self, contribution: Contribution) -> tuple[StepOutcome, bool]:
         """Contribute what was received, and wait for the step; see Rounds.commit."""
@@ -270,6 +319,9 @@ class SessionActor:
     async def _forget(self) -> None:
         async with self.work.lock.exclusive():
             self._rounds.forget()
+            for shared in self._shared.values():  # Nobody can attach any more; who has, keeps it.
+                shared.gradients.close()
+                shared.parameters.close()
 
     def _position_of(self, tensor: TensorSpec, field: str) -> int:
         position = self._positions.get(tensor.name)

@@ -11,6 +11,7 @@ from torch import Tensor
 from optserve_server.core.device import Device
 from optserve_server.core.errors import OptserveError, RoundTimeoutError, StepOutOfOrderError
 from optserve_server.core.events import Observer, Phase
+from optserve_server.core.region import Region, RegionUnavailableError
 from optserve_server.core.round import Contribution, Round
 from optserve_server.core.session import Session, StepOutcome, norm_of
 from optserve_server.core.work import Work
@@ -55,6 +56,22 @@ class Rounds:
         self._outcome = session.last_outcome
         self._staging: list[dict[int, Tensor]] = [{} for _ in range(session.spec.workers)]
         self._staging_of_all: dict[int, Sequence[Tensor]] = {}
+
+    def share(self, worker: int) -> Region:
+        """Make a worker's buffers memory that it may write to itself; once, and for good.
+
+        The new ones take the old ones' place: there is no more memory to it.
+
+        Raises:
+            RegionUnavailableError: There is no such memory, or the old buffers are still needed.
+        """
+        if self._round.has(worker):
+            raise RegionUnavailableError("the open round holds the worker's gradients")
+        self._staging[worker] = {}
+        self._staging_of_all.pop(worker, None)
+        region = Region(self._session.spec.parameters, read_only=False)
+        self._staging[worker] = dict(enumerate(region.tensors))
+        return region
 
     def has(self, worker: int) -> bool:
         """Return whether the worker has contributed to the open round."""

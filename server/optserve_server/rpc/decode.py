@@ -23,6 +23,7 @@ from optserve_server.core.tensors import DTYPES, TensorSpec
 _T = TypeVar("_T")
 
 _ELEMENTS_MAX = 1 << 62  # torch counts elements in 63 bits, also where a dimension is zero.
+_POSITIONS_SHOWN = 5  # How many of them an error shows.
 _SPLITS: Mapping[int, Split] = {
     session_pb2.SPLIT_UNSPECIFIED: Split.NONE,
     session_pb2.SPLIT_TRAIN: Split.TRAIN,
@@ -126,6 +127,23 @@ def check_byte_count(spec: TensorSpec, count: int, field: str) -> None:
             expected=f"{spec.byte_count} bytes",
             actual=f"{count} bytes",
         )
+
+
+def positions(values: Sequence[int], count: int, field: str) -> Sequence[int]:
+    """Return positions among ``count`` parameters, each of which is there at most once.
+
+    Raises:
+        InvalidFieldError: One is none, or there are too many.
+    """
+    many = len(values) > count  # Looked at first: a set of millions takes its time.
+    if many or len(set(values)) < len(values) or max(values, default=0) >= count:
+        raise InvalidFieldError(
+            f"positions are from 0 to {count - 1}, each once at most",
+            field=field,
+            expected=f"different numbers below {count}",
+            actual=", ".join(map(str, values[:_POSITIONS_SHOWN])),
+        )
+    return values
 
 
 def split(value: int) -> Split:

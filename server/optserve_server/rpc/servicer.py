@@ -23,6 +23,7 @@ from optserve_server.rpc import (
     encode,
     evaluate,
     parameters,
+    shared_memory,
     step,
     train,
 )
@@ -192,6 +193,7 @@ class OptimizerServicer(OptimizerServiceServicer):
             torch_version=str(torch.__version__),
             device=str(device.torch),
             device_name=device.name,
+            features=[shared_memory.FEATURE] if self._registry.surroundings.shared_memory else [],
             limits=pb.Limits(**{name: getattr(limits, name) for name in names}),
         )
 

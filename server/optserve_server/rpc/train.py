@@ -23,7 +23,7 @@ from optserve_server.core.errors import (
 from optserve_server.core.events import Direction, Phase
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.round import Contribution
-from optserve_server.rpc import decode, encode, status, transfer
+from optserve_server.rpc import decode, encode, shared_memory, status, transfer
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Event = pb.TrainRequest | list[Chunk]
@@ -44,7 +44,11 @@ async def train(requests: _Requests, context: _Context, registry: SessionRegistr
         raise EventOutOfOrderError("a stream begins with `open`", field="event", expected="open")
     actor = registry.find(first.open.session_id)
     with actor.attach(first.open.worker) as attachment:
-        opened = pb.TrainOpened(status=encode.session_status(actor))
+        offer = None
+        if first.open.shared_memory:
+            peer = context.peer()
+            offer = await shared_memory.offer(registry, actor, first.open.worker, peer)
+        opened = pb.TrainOpened(status=encode.session_status(actor), shared_memory=offer)
         await context.write(pb.TrainResponse(opened=opened))
         stream = _WorkerStream(requests, context, actor, first.open.worker, registry)
         await stream.run(attachment)
@@ -112,6 +116,8 @@ class _WorkerStream:
         match event.WhichOneof("event"):
             case "packed":
                 await self._take_packed(event.packed)
+            case "shared":
+                await self._take_shared(event.shared)
             case "begin":
                 self._begin(event.begin)
             case "end" if self._step:
@@ -206,6 +212,15 @@ class _WorkerStream:
         for i, (spec, data) in enumerate(zip(specs, packed.gradients, strict=True)):
             decode.check_byte_count(spec, len(data), f"gradients[{i}]")
         return answer_bytes
+
+    async def _take_shared(self, shared: pb.SharedStep) -> None:
+        """Take a step whose gradients are here already, and whose parameters need not travel."""
+        self._forget_step(shared.step)
+        absent = decode.positions(shared.absent, len(self._headers), "absent")
+        contribution = self._actor.begin_shared(self._worker, shared.step, absent)
+        outcome, replayed = await self._actor.commit(contribution)
+        result = encode.step_result(outcome, replayed=replayed)
+        await self._write(pb.TrainResponse(result=result))
 
     def _forget_step(self, number: int) -> None:
         """Begin afresh with another step: one that was begun and not ended is given up."""
