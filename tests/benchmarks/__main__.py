@@ -23,6 +23,7 @@ from benchmarks.arena import Effort
 from benchmarks.circumstances import circumstances
 from benchmarks.conditions import Benchmark, Conditions
 from benchmarks.figures import Comparison, Row
+from benchmarks.job import SkippedError
 from benchmarks.record import RESULTS, Record
 from benchmarks.report import comparison_table, row_line
 from benchmarks.suite import BENCHMARKS
@@ -108,6 +109,7 @@ def _measure(
     effort = Effort(rounds=arguments.rounds or effort.rounds, steps=arguments.steps or effort.steps)
     comparisons: list[Comparison] = []
     rows: list[Row] = []
+    skipped: dict[str, str] = {}
     failures: dict[str, str] = {}
     with console.status("") as status:
 
@@ -125,6 +127,10 @@ def _measure(
         for benchmark in chosen:
             try:
                 findings = benchmark.run(conditions)
+            except SkippedError as reason:
+                skipped[benchmark.name] = str(reason)
+                console.print(f"{benchmark.name}: skipped: {reason}", highlight=False)
+                continue
             except Exception as error:  # noqa: BLE001 - The others are still worth their time.
                 failures[benchmark.name] = str(error) or type(error).__name__
                 console.print(traceback.format_exc(), markup=False, highlight=False)
@@ -138,6 +144,7 @@ def _measure(
         effort=effort,
         comparisons=tuple(comparisons),
         rows=tuple(rows),
+        skipped=skipped,
         failures=failures,
     )
 

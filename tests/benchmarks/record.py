@@ -23,6 +23,8 @@ class Record:
     effort: Effort
     comparisons: tuple[Comparison, ...]
     rows: tuple[Row, ...]
+    skipped: dict[str, str]
+    """Benchmarks that cannot run here, and why."""
     failures: dict[str, str]
     """Benchmarks that broke down, and why."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import bulk, capped, small
+from benchmarks import bulk, capped, cuda, memory, sessions, small
 from benchmarks.conditions import Benchmark
 
 BENCHMARKS = (
@@ -27,6 +27,16 @@ BENCHMARKS = (
         run=small.small,
     ),
     Benchmark(
+        name="sessions",
+        summary="1,000 sessions of 10 k parameters, 64 active at once: rate, memory",
+        run=sessions.sessions,
+    ),
+    Benchmark(
+        name="memory",
+        summary="25 M parameters, Adam: the server's peak memory",
+        run=memory.memory,
+    ),
+    Benchmark(
         name="growth",
         summary="1 M to 100 M parameters: how far the time of a step is from a line",
         run=bulk.growth,
@@ -35,6 +45,12 @@ BENCHMARKS = (
         name="sizes",
         summary="1 k to 100 M parameters: everybody (no row of its own)",
         run=bulk.sizes,
+        thorough_only=True,
+    ),
+    Benchmark(
+        name="cuda",
+        summary="25 M parameters on a CUDA device: the copies and the update alone (no row)",
+        run=cuda.cuda,
         thorough_only=True,
     ),
 )
