@@ -88,6 +88,16 @@ class Buffer:
         self.view[offset : offset + len(data)] = data  # copy: message to tensor.
 
 
+def whole(source: Source) -> bytes:
+    """Return all of a source's bytes, for a message that holds a tensor at once."""
+    parts: list[bytes] = []
+    offset = 0
+    while offset < source.byte_count:
+        parts.append(bytes(source.read(offset, source.byte_count - offset)))
+        offset += len(parts[-1])
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 class FramingError(Exception):
     """A chunk does not continue its tensor, or a tensor is not complete.
 

@@ -683,8 +683,15 @@ class ParametersBegin(_message.Message):
 
     STEP_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """step is the number of the step."""
+    encoding: _tensor_pb2.Encoding.ValueType
+    """encoding of what follows: SessionSpec.wire.parameters, or none. With ENCODING_INT8_BLOCKS differences follow: a
+    parameter is the sum, in FP32, of its difference and of what it was in the answer before on this stream, whose result
+    has come. Where there is no such answer, or a block of it stands for NaNs, the parameters follow unencoded: at first,
+    and after an answer that was taken back.
+    """
     @_builtins.property
     def parameters(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]:
         """parameters that follow: all of the session's, in its order. Empty after StepBegin.every_parameter."""
@@ -694,10 +701,11 @@ class ParametersBegin(_message.Message):
         *,
         step: _builtins.int = ...,
         parameters: _abc.Iterable[_tensor_pb2.TensorHeader] | None = ...,
+        encoding: _tensor_pb2.Encoding.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "parameters", b"parameters", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -715,8 +723,8 @@ class PackedStep(_message.Message):
     """step is the number of this step, as in StepBegin."""
     @_builtins.property
     def gradients(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """gradients of all of the session's parameters, in its order: their bytes, as chunks would carry them. Together at most
-        Limits.chunk_bytes_max bytes, and so the parameters of the answer.
+        """gradients of all of the session's parameters, in its order: their bytes, as chunks would carry them. Unencoded they
+        have together at most Limits.chunk_bytes_max bytes, and so have the parameters of the answer.
         """
 
     def __init__(
@@ -741,6 +749,9 @@ class PackedParameters(_message.Message):
 
     RESULT_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
+    encoding: _tensor_pb2.Encoding.ValueType
+    """encoding of the parameters, as in ParametersBegin."""
     @_builtins.property
     def result(self) -> Global___StepResult:
         """result of the step."""
@@ -754,10 +765,11 @@ class PackedParameters(_message.Message):
         *,
         result: Global___StepResult | None = ...,
         parameters: _abc.Iterable[_builtins.bytes] | None = ...,
+        encoding: _tensor_pb2.Encoding.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "parameters", b"parameters", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1006,7 +1018,7 @@ class StepRequest(_message.Message):
     """step is the number of this step, as in StepBegin."""
     @_builtins.property
     def gradients(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
-        """gradients, as in StepBegin."""
+        """gradients, as in StepBegin; their data as chunks would carry it."""
 
     def __init__(
         self,
@@ -1032,6 +1044,9 @@ class StepResponse(_message.Message):
 
     RESULT_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
+    encoding: _tensor_pb2.Encoding.ValueType
+    """encoding of their data: SessionSpec.wire.parameters; none in the place of ENCODING_INT8_BLOCKS, for there is no stream."""
     @_builtins.property
     def result(self) -> Global___StepResult:
         """result of the step."""
@@ -1045,10 +1060,11 @@ class StepResponse(_message.Message):
         *,
         result: Global___StepResult | None = ...,
         parameters: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
+        encoding: _tensor_pb2.Encoding.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "parameters", b"parameters", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

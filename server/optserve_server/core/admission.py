@@ -11,7 +11,7 @@ from optserve_server.core.errors import LimitExceededError, MemoryExhaustedError
 from optserve_server.core.events import Observer
 from optserve_server.core.limits import Limits
 from optserve_server.core.optimizers import OPTIMIZERS, rehearse
-from optserve_server.core.spec import GroupSpec, SessionSpec
+from optserve_server.core.spec import Encoding, GroupSpec, SessionSpec
 from optserve_server.core.tensors import TensorSpec
 
 _PARAMETER_OVERHEAD_BYTES = (
@@ -47,6 +47,9 @@ def session_bytes(spec: SessionSpec, device: torch.device) -> int:
             # One for the parameter itself, and one gradient for each worker, for it must be kept
             # until all are there.
             total += parameter.byte_count * (1 + spec.workers)
+            if spec.wire.parameters is Encoding.INT8_BLOCKS:
+                # What each worker has, to send it the differences.
+                total += parameter.byte_count * spec.workers
             total += parameter.element_count * state_bytes[parameter.dtype]
             total += _PARAMETER_OVERHEAD_BYTES
         temporary_bytes = max(temporary_bytes, _temporary_bytes(group, parameters, device))

@@ -93,6 +93,26 @@ def _blocks(values: Tensor, data: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [*views, (values[count:].view(1, -1), data[size:].view(1, -1))] if rest else views
 
 
+def encode_differences(values: Tensor, reference: Tensor, data: Tensor) -> bool:
+    """Encode what must be added to ``reference`` in INT8_BLOCKS, and add what the bytes say.
+
+    So what is rounded away now is part of the next difference.
+
+    Args:
+        values: What the reference shall become, as nearly as may be.
+        reference: What the receiver has; afterwards, what it has then.
+        data: Memory for the bytes.
+
+    Returns:
+        Whether the reference is finite: a NaN in it would stay there for ever.
+    """
+    differences = values - reference
+    _encode_int8_blocks(differences, data)
+    _decode_int8_blocks(data, differences)
+    reference.add_(differences)
+    return not math.isnan(reference.max())
+
+
 CODECS: Mapping[Encoding, Codec] = {
     Encoding.BF16: Codec(encode=_encode_bf16, decode=_decode_bf16),
     Encoding.FP16: Codec(encode=_encode_fp16, decode=_decode_fp16),

@@ -17,8 +17,9 @@ from optserve_server.core.errors import (
     LimitExceededError,
 )
 from optserve_server.core.limits import Limits
-from optserve_server.core.spec import Split
+from optserve_server.core.spec import Encoding, Split
 from optserve_server.core.tensors import DTYPES, TensorSpec
+from optserve_server.rpc.encoded import byte_count
 
 _T = TypeVar("_T")
 
@@ -114,17 +115,21 @@ def tensor(message: tensor_pb2.Tensor, limits: Limits, field: str) -> torch.Tens
     return torch.frombuffer(bytearray(data), dtype=spec.dtype).reshape(spec.shape)
 
 
-def check_byte_count(spec: TensorSpec, count: int, field: str) -> None:
-    """Make sure that a tensor has as many bytes as its shape and data type need.
+def check_byte_count(
+    spec: TensorSpec, count: int, field: str, encoding: Encoding = Encoding.PLAIN
+) -> None:
+    """Make sure that a tensor has as many bytes as its shape and data type, or encoding, need.
 
     Raises:
         ByteCountMismatchError: It has not.
     """
-    if count != spec.byte_count:
+    expected = byte_count(spec, encoding)
+    if count != expected:
+        encoded = "" if encoding is Encoding.PLAIN else f" in {encoding}"
         raise ByteCountMismatchError(
-            f"a tensor of shape {spec.shape} has {spec.byte_count} bytes; {count} came",
+            f"a tensor of shape {spec.shape} has {expected} bytes{encoded}; {count} came",
             field=field,
-            expected=f"{spec.byte_count} bytes",
+            expected=f"{expected} bytes",
             actual=f"{count} bytes",
         )
 

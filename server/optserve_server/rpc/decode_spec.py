@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from torch import Tensor
@@ -24,14 +25,17 @@ from optserve_server.core.optimizers import OPTIMIZERS, OptimizerKind
 from optserve_server.core.spec import (
     DEFAULT_GROUP,
     Choice,
+    Encoding,
     GroupSpec,
     ScheduleUnit,
     SessionSpec,
     Value,
+    Wire,
 )
-from optserve_server.core.tensors import TensorSpec, check_fits
+from optserve_server.core.tensors import TensorSpec, check_fits, dtype_name
 from optserve_server.rpc import decode
 from optserve_server.rpc.constraints import check_count, check_number
+from optserve_server.rpc.encoded import ENCODINGS
 
 _NUMBERS = (FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_INT64)
 _UNITS: Mapping[int, ScheduleUnit] = {
@@ -39,6 +43,7 @@ _UNITS: Mapping[int, ScheduleUnit] = {
     scheduler_pb2.SCHEDULE_UNIT_STEPS: ScheduleUnit.STEPS,
     scheduler_pb2.SCHEDULE_UNIT_EPOCHS: ScheduleUnit.EPOCHS,
 }
+_ENCODINGS: Mapping[int, Encoding] = {number: encoding for encoding, number in ENCODINGS.items()}
 
 
 def session_spec(message: session_pb2.SessionSpec, limits: Limits) -> SessionSpec:
@@ -82,6 +87,10 @@ def session_spec(message: session_pb2.SessionSpec, limits: Limits) -> SessionSpe
         allow_non_finite=bool(decode.non_finite(message.non_finite, "spec.non_finite")),
         loss_points_max=_loss_points_max(message.limits, limits),
         round_timeout_s=_round_timeout_s(message.limits, limits),
+        wire=Wire(
+            gradients=_encoding(message.wire.gradients, parameters, "spec.wire.gradients"),
+            parameters=_encoding(message.wire.parameters, parameters, "spec.wire.parameters"),
+        ),
     )
 
 
@@ -365,3 +374,17 @@ def _round_timeout_s(own: session_pb2.SessionLimits, limits: Limits) -> float:
             actual=own.round_timeout_s,
         )
     return own.round_timeout_s
+
+
+def _encoding(value: int, parameters: Sequence[TensorSpec], field: str) -> Encoding:
+    encoding = decode.enum(_ENCODINGS, value, field)
+    for parameter in parameters:
+        if encoding is not Encoding.PLAIN and parameter.dtype != torch.float32:
+            raise InvalidFieldError(
+                f"{encoding} is for FP32 parameters; {parameter.name!r} is"
+                f" {dtype_name(parameter.dtype)}",
+                field=field,
+                expected="FP32 parameters, or no encoding",
+                actual=dtype_name(parameter.dtype),
+            )
+    return encoding

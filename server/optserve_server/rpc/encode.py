@@ -28,6 +28,7 @@ from optserve_server.core.session import StepOutcome
 from optserve_server.core.spec import Choice, ScheduleUnit, SessionSpec, Split, Value
 from optserve_server.core.tensors import TensorSpec, byte_view, dtype_name, spec_of
 from optserve_server.rpc.constraints import kind_of
+from optserve_server.rpc.encoded import ENCODINGS
 
 _Oneof = TypeVar("_Oneof", optimizer_pb2.Optimizer, scheduler_pb2.Scheduler, loss_pb2.Loss)
 
@@ -103,6 +104,9 @@ def session_spec(spec: SessionSpec) -> session_pb2.SessionSpec:
         non_finite=policy,
         limits=session_pb2.SessionLimits(
             loss_points_max=spec.loss_points_max, round_timeout_s=spec.round_timeout_s
+        ),
+        wire=session_pb2.Wire(
+            gradients=ENCODINGS[spec.wire.gradients], parameters=ENCODINGS[spec.wire.parameters]
         ),
     )
 

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.tensor_pb2 import Tensor
+from optserve.wire import whole
 from optserve_server.core.actor import SessionActor
 from optserve_server.core.errors import LimitExceededError
 from optserve_server.core.events import Direction, Phase
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.round import Contribution
-from optserve_server.core.tensors import TensorSpec, byte_view
-from optserve_server.rpc import decode, encode
+from optserve_server.core.spec import Encoding
+from optserve_server.core.tensors import TensorSpec
+from optserve_server.rpc import decode, encode, encoded
 
 _TAG_BYTES = 16  # At most, around the data of one tensor: tags and lengths.
 _RESULT_BYTES = 64  # At most, of a result's numbers.
@@ -34,16 +36,21 @@ async def step(request: pb.StepRequest, registry: SessionRegistry) -> pb.StepRes
     with actor.attach(request.worker):
         started = time.perf_counter()
         contribution = actor.begin(request.worker, request.step, specs)
-        count = _fill(contribution, request, specs)
+        count = _fill(contribution, request, specs, actor.spec.wire.gradients)
         observer.phase_ended(Phase.RECEIVE, time.perf_counter() - started)
         observer.bytes_moved(Direction.RECEIVED, count)
         outcome, replayed = await actor.commit(contribution)
         started = time.perf_counter()
         async with actor.reading() as parameters:
-            named = zip(actor.session.spec.parameters, parameters, strict=True)
+            sources = encoded.ParameterSources(_without_stream(actor.spec.wire.parameters))
+            named = zip(actor.spec.parameters, sources.of(parameters), strict=True)
             response = pb.StepResponse(
                 result=encode.step_result(outcome, replayed=replayed),
-                parameters=[encode.tensor(spec.name, parameter) for spec, parameter in named],
+                parameters=[
+                    Tensor(header=encode.tensor_header(spec), data=whole(source))
+                    for spec, source in named
+                ],
+                encoding=sources.encoding,
             )
         observer.phase_ended(Phase.SEND, time.perf_counter() - started)
         observer.bytes_moved(Direction.SENT, sum(len(each.data) for each in response.parameters))
@@ -66,14 +73,25 @@ def _check_answer_fits(actor: SessionActor, message_bytes_max: int) -> None:
         )
 
 
-def _fill(contribution: Contribution, request: pb.StepRequest, specs: Sequence[TensorSpec]) -> int:
+def _without_stream(encoding: Encoding) -> Encoding:
+    """Return how parameters leave where there is no answer before to which they could differ."""
+    return Encoding.PLAIN if encoding is Encoding.INT8_BLOCKS else encoding
+
+
+def _fill(
+    contribution: Contribution,
+    request: pb.StepRequest,
+    specs: Sequence[TensorSpec],
+    encoding: Encoding,
+) -> int:
     """Copy the message's gradients to where the contribution wants them.
 
     Return how many bytes they are.
     """
     for i, (spec, gradient) in enumerate(zip(specs, request.gradients, strict=True)):
-        data = gradient.data
-        decode.check_byte_count(spec, len(data), f"gradients[{i}].data")
-        if contribution.settled is None:
-            byte_view(contribution.targets[i])[:] = data
-    return sum(spec.byte_count for spec in specs)
+        decode.check_byte_count(spec, len(gradient.data), f"gradients[{i}].data", encoding)
+    if contribution.settled is None:
+        targets = encoded.GradientTargets(encoding).of(contribution.targets)
+        for target, gradient in zip(targets, request.gradients, strict=True):
+            target.write(0, memoryview(gradient.data))
+    return sum(len(gradient.data) for gradient in request.gradients)

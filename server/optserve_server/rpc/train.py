@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from optserve.v1 import optimizer_service_pb2 as pb
-from optserve.wire import Chunk
+from optserve.wire import Chunk, whole
 from optserve_server.core.actor import Attachment, SessionActor
 from optserve_server.core.errors import (
     DrainingError,
@@ -23,7 +23,7 @@ from optserve_server.core.errors import (
 from optserve_server.core.events import Direction, Phase
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.round import Contribution
-from optserve_server.rpc import decode, encode, shared_memory, status, transfer
+from optserve_server.rpc import decode, encode, encoded, shared_memory, status, transfer
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Event = pb.TrainRequest | list[Chunk]
@@ -73,8 +73,8 @@ class _WorkerStream:
         self._limits = registry.limits
         self._observer = registry.surroundings.observer
         self._headers = [encode.tensor_header(spec) for spec in actor.session.spec.parameters]
-        self._targets = transfer.Views()
-        self._sources = transfer.Views()
+        self._targets = encoded.GradientTargets(actor.spec.wire.gradients)
+        self._sources = encoded.ParameterSources(actor.spec.wire.parameters)
         self._step: _OpenStep | None = None
         self._number = 0
         self._refused = False
@@ -154,13 +154,17 @@ class _WorkerStream:
         outcome, replayed = await self._actor.commit(step.contribution)
         started_s = time.perf_counter()
         async with self._actor.reading() as parameters:
-            headers = self._headers if step.announces else ()
-            begin = pb.ParametersBegin(step=outcome.step, parameters=headers)
-            await self._write(pb.TrainResponse(begin=begin))
             sources = self._sources.of(parameters)
+            begin = pb.ParametersBegin(
+                step=outcome.step,
+                parameters=self._headers if step.announces else (),
+                encoding=self._sources.encoding,
+            )
+            await self._write(pb.TrainResponse(begin=begin))
             count = await transfer.send(sources, self._context.write, self._limits)
             result = encode.step_result(outcome, replayed=replayed)
             await self._write(pb.TrainResponse(result=result))
+            self._sources.delivered()
         self._observer.phase_ended(Phase.SEND, time.perf_counter() - started_s)
         self._observer.bytes_moved(Direction.SENT, count)
 
@@ -183,9 +187,11 @@ class _WorkerStream:
             response = pb.PackedParameters(
                 result=encode.step_result(outcome, replayed=replayed),
                 # copy: parameters to bytes; protobuf copies them once more.
-                parameters=[bytes(source.view) for source in sources],
+                parameters=[whole(source) for source in sources],
+                encoding=self._sources.encoding,
             )
         await self._write(pb.TrainResponse(packed=response))
+        self._sources.delivered()
         self._observer.phase_ended(Phase.SEND, time.perf_counter() - started_s)
         self._observer.bytes_moved(Direction.SENT, sum(source.byte_count for source in sources))
 
@@ -209,9 +215,10 @@ class _WorkerStream:
                 expected=len(specs),
                 actual=len(packed.gradients),
             )
+        encoding = self._actor.spec.wire.gradients
         for i, (spec, data) in enumerate(zip(specs, packed.gradients, strict=True)):
-            decode.check_byte_count(spec, len(data), f"gradients[{i}]")
-        return answer_bytes
+            decode.check_byte_count(spec, len(data), f"gradients[{i}]", encoding)
+        return sum(map(len, packed.gradients))
 
     async def _take_shared(self, shared: pb.SharedStep) -> None:
         """Take a step whose gradients are here already, and whose parameters need not travel."""
