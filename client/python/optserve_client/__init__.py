@@ -28,7 +28,7 @@ from optserve_client._spec import (
     Via,
 )
 from optserve_client.client import Client, connect
-from optserve_client.config import ClientConfig
+from optserve_client.config import ClientConfig, Lane
 from optserve_client.errors import (
     ClosedError,
     DataTypeMismatchError,
@@ -56,6 +56,7 @@ from optserve_client.errors import (
     SessionFailedError,
     SessionNotFoundError,
     ShapeMismatchError,
+    SharedMemoryError,
     StalledError,
     StepOutOfOrderError,
     TargetOutOfRangeError,
@@ -91,6 +92,7 @@ __all__ = [
     "InvalidFieldError",
     "InvalidHyperparameterError",
     "InvalidNameError",
+    "Lane",
     "LimitError",
     "LossHistory",
     "LossNotSetError",
@@ -117,6 +119,7 @@ __all__ = [
     "SessionNotFoundError",
     "SessionOptions",
     "ShapeMismatchError",
+    "SharedMemoryError",
     "Split",
     "StalledError",
     "StepOutOfOrderError",

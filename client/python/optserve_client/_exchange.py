@@ -18,7 +18,6 @@ from google.protobuf.message import Message
 from optserve.limits import CHUNK_BYTES_MAX
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.error_pb2 import Refusal
-from optserve.v1.session_pb2 import SessionStatus
 from optserve.v1.tensor_pb2 import TensorHeader
 from optserve.wire import Assembly, Buffer, Chunk, FramingError, Source, byte_count, split
 from optserve_client.errors import ProtocolError
@@ -88,19 +87,23 @@ class TrainExchange(Protocol):
 class Opening:
     """The opening of a worker's stream."""
 
-    def __init__(self, session_id: str, worker: int) -> None:
-        self._request = pb.TrainOpen(session_id=session_id, worker=worker)
-        self.status: SessionStatus | None = None
+    def __init__(self, session_id: str, worker: int, *, shared_memory: bool = False) -> None:
+        """Open the stream of ``worker``, and ask for shared memory or not."""
+        self._request = pb.TrainOpen(
+            session_id=session_id, worker=worker, shared_memory=shared_memory
+        )
+        self.opened: pb.TrainOpened | None = None
+        """The answer, once the stream has been opened with this; it may be open already."""
 
     def requests(self) -> Iterator[TrainEvent]:
         """Yield the one message that opens the stream."""
         yield pb.TrainRequest(open=self._request)
 
     def receive(self, response: TrainAnswer) -> bool:
-        """Take the answer; its status says where the session stands."""
+        """Take the answer, which says where the session stands."""
         if isinstance(response, list) or response.WhichOneof("event") != "opened":
             _unexpected(response, "opened")
-        self.status = response.opened.status
+        self.opened = response.opened
         return True
 
 
@@ -200,7 +203,7 @@ class PackedStep:
         event = "chunks" if isinstance(response, list) else response.WhichOneof("event")
         if isinstance(response, list) or event not in ("packed", "refused"):
             _unexpected(response, f"the answer to step {self._packed.step}")
-        if event == "refused":
+        if event == "refused" and response.refused.step == self._packed.step:
             self.refusal = response.refused.refusal
             return True
         result, data = response.packed.result, response.packed.parameters
@@ -210,6 +213,31 @@ class PackedStep:
             _array(header, each) for header, each in zip(self._headers, data, strict=True)
         ]
         self.result = result
+        return True
+
+
+class SharedStep:
+    """One step in shared memory: a message each way, without tensors."""
+
+    def __init__(self, step: int, absent: Sequence[int]) -> None:
+        """Take step ``step``; the parameters at the positions ``absent`` have no gradient."""
+        self._shared = pb.SharedStep(step=step, absent=absent)
+        self.result: pb.StepResult | None = None
+        self.refusal: Refusal | None = None
+
+    def requests(self) -> Iterator[TrainEvent]:
+        """Yield the one message."""
+        yield pb.TrainRequest(shared=self._shared)
+
+    def receive(self, response: TrainAnswer) -> bool:
+        """Take the result, or a refusal."""
+        event = "chunks" if isinstance(response, list) else response.WhichOneof("event")
+        if isinstance(response, list) or event not in ("result", "refused"):
+            _unexpected(response, f"the result of step {self._shared.step}")
+        if event == "refused":
+            self.refusal = response.refused.refusal
+        else:
+            self.result = response.result
         return True
 
 

@@ -17,12 +17,14 @@ from optserve.wire import Buffer, byte_count
 from optserve_client import _exchange as exchanges
 from optserve_client._effects import Collect, Operation, Train, ask
 from optserve_client._refusals import from_refusal
+from optserve_client._shared_lane import SharedLane
 from optserve_client._spec import UpdateOptions, Via, update_request
 from optserve_client.config import ClientConfig
 from optserve_client.errors import (
     DeadlineError,
     LimitError,
     ParametersNotSetError,
+    SharedMemoryError,
     UnknownNameError,
 )
 from optserve_client.progress import TransferReporter
@@ -71,6 +73,7 @@ class SessionOperations:
         self._values: dict[str, Array] = {}
         # Of what steps bring: one holds the newest values, and the other waits for the next ones.
         self._rooms: list[exchanges.Room] = []
+        self._shared = SharedLane(session.spec.parameters)
 
     @property
     def parameters(self) -> Parameters:
@@ -137,9 +140,14 @@ class SessionOperations:
 
     def open(self) -> Operation[SessionStatus]:
         """Open the worker's stream, if it is not open, and learn where the session stands."""
-        opening = exchanges.Opening(self.session_id, self.worker)
-        yield Train(opening=opening, exchange=None, timeout_s=self.terms.config.timeout_s)
-        return opening.status or (yield from self.status())
+        opened = yield from self._open(self.terms.config.timeout_s)
+        return opened.status if opened else (yield from self.status())
+
+    def gradient_buffers(self) -> Operation[dict[str, Array]]:
+        """Return the arrays that gradients are best written to."""
+        if self._via == "stream":
+            yield from self._open(self.terms.config.timeout_s)
+        return dict(zip(self._headers, self._shared.buffers, strict=True))
 
     def step(
         self, gradients: Gradients, *, step: int | None, via: Via | None
@@ -210,6 +218,9 @@ class SessionOperations:
     def _step_stream(
         self, number: int, headers: Sequence[TensorHeader], tensors: Sequence[memoryview]
     ) -> Operation[tuple[pb.StepResult, list[Array]]]:
+        yield from self._open(self.terms.config.step_timeout_s)
+        if not self._shared.closed_because:
+            return (yield from self._step_shared(number, headers, tensors))
         expected = list(self._headers.values())
         every = len(headers) == len(expected)
         step: exchanges.PackedStep | exchanges.Step
@@ -224,7 +235,7 @@ class SessionOperations:
                 begin, sources, expected, self._spare(), chunk_bytes=self.terms.chunk_bytes
             )
         yield Train(
-            opening=exchanges.Opening(self.session_id, self.worker),
+            opening=self._opening(),
             exchange=step,
             timeout_s=self.terms.config.step_timeout_s,
         )
@@ -234,6 +245,27 @@ class SessionOperations:
         assert step.parameters is not None
         self._rooms.reverse()  # What has come stays; the other one is spare now.
         return step.result, step.parameters
+
+    def _step_shared(
+        self, number: int, headers: Sequence[TensorHeader], tensors: Sequence[memoryview]
+    ) -> Operation[tuple[pb.StepResult, list[Array]]]:
+        present = {header.name: tensor for header, tensor in zip(headers, tensors, strict=True)}
+        absent = []
+        for position, name in enumerate(self._headers):
+            if name in present:
+                self._shared.write(position, present[name])
+            else:
+                absent.append(position)
+        step = exchanges.SharedStep(number, absent)
+        yield Train(
+            opening=self._opening(),
+            exchange=step,
+            timeout_s=self.terms.config.step_timeout_s,
+        )
+        if step.refusal is not None:
+            raise from_refusal(step.refusal)
+        assert step.result is not None
+        return step.result, self._shared.parameters
 
     def _step_unary(
         self, number: int, headers: Sequence[TensorHeader], tensors: Sequence[memoryview]
@@ -250,6 +282,24 @@ class SessionOperations:
         response = yield from ask("Step", request, pb.StepResponse, timeout_s)
         exchanges.check_announced([tensor.header for tensor in response.parameters], expected)
         return response.result, [from_tensor(tensor) for tensor in response.parameters]
+
+    def _opening(self) -> exchanges.Opening:
+        asks = self.terms.config.lane != "grpc"
+        return exchanges.Opening(self.session_id, self.worker, shared_memory=asks)
+
+    def _open(self, timeout_s: float) -> Operation[pb.TrainOpened | None]:
+        """Open the worker's stream, and enter the lane; None if the stream is open already.
+
+        Raises:
+            SharedMemoryError: There is no shared memory, and it must be.
+        """
+        opening = self._opening()
+        yield Train(opening=opening, exchange=None, timeout_s=timeout_s)
+        if opening.opened:
+            self._shared.take(opening.opened)
+        if self.terms.config.lane == "shm" and self._shared.closed_because:
+            raise SharedMemoryError(f"no shared memory: {self._shared.closed_because}")
+        return opening.opened
 
     def _spare(self) -> exchanges.Room:
         """Return memory for parameters that does not hold the newest ones.

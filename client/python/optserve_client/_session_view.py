@@ -32,7 +32,7 @@ class SessionView:
     def parameters(self) -> Parameters:
         """The newest values that are known here: read-only arrays, in the session's order.
 
-        Each step makes new arrays; those taken before stay as they are.
+        Valid until the next step, which may write to the same memory: copy what is to be kept.
 
         Raises:
             ParametersNotSetError: Nothing has been downloaded or uploaded yet.

@@ -35,6 +35,7 @@ from optserve_client.config import ClientConfig
 from optserve_client.errors import OptserveError, SessionNotFoundError
 from optserve_client.progress import ProgressCallback, TransferReporter
 from optserve_client.results import LossHistory, LossResult, Parameters, Split, StepResult
+from optserve_client.tensors import Array
 
 if TYPE_CHECKING:  # A name of the stubs only.
     from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceAsyncStub
@@ -215,6 +216,10 @@ class Session(SessionView):
     ) -> StepResult:
         """Apply one optimizer step, as ``optserve_client.Session.step``."""
         return await self._driver.run(self._operations.step(gradients, step=step, via=via))
+
+    async def gradient_buffers(self) -> dict[str, Array]:
+        """Return arrays for gradients, as ``optserve_client.Session.gradient_buffers``."""
+        return await self._driver.run(self._operations.gradient_buffers())
 
     async def end_epoch(self, *, epoch: int | None = None) -> SessionStatus:
         """End an epoch, as ``optserve_client.Session.end_epoch``."""

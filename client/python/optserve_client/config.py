@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 from optserve.limits import CHUNK_BYTES_MAX
+
+Lane: TypeAlias = Literal["auto", "grpc", "shm"]
+"""How the tensors of steps travel: over gRPC ("grpc"), not at all, being in memory that the server
+shares ("shm"), or not at all if that can be had, and else over gRPC ("auto")."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,7 +18,8 @@ class ClientConfig:
     """Deadlines and sizes. Every call has a deadline; after it the caller gets a DeadlineError.
 
     Raises:
-        ValueError: A time is not a positive number, or ``chunk_bytes`` is not between 1 and 1 MiB.
+        ValueError: A time is not a positive number, ``chunk_bytes`` is not between 1 and 1 MiB, or
+            there is no such ``lane``.
     """
 
     connect_timeout_s: float = 10.0
@@ -27,6 +33,9 @@ class ClientConfig:
     """For an upload, a download, or the evaluation of a loss whose tensors need a stream."""
     chunk_bytes: int = CHUNK_BYTES_MAX
     """Most tensor bytes in one message; less if the server allows less."""
+    lane: Lane = "auto"
+    """How the tensors of steps travel. A server shares memory with clients of its user on its host;
+    with "shm" a step on the stream raises SharedMemoryError where that is not so."""
 
     def __post_init__(self) -> None:
         for name in ("connect_timeout_s", "timeout_s", "step_timeout_s", "transfer_timeout_s"):
@@ -37,3 +46,5 @@ class ClientConfig:
             raise ValueError(
                 f"chunk_bytes must be between 1 and {CHUNK_BYTES_MAX}, not {self.chunk_bytes!r}"
             )
+        if self.lane not in get_args(Lane):
+            raise ValueError(f"lane must be one of {get_args(Lane)}, not {self.lane!r}")

@@ -30,6 +30,7 @@
     └── ServiceError                    the server, or the way to it
         ├── LimitError                      a limit: do what the message says
         ├── UnavailableError                nothing answers, or it is about to stop
+        ├── SharedMemoryError               it was asked for, and cannot be had
         ├── DeadlineError                   no answer in time: it may have been done, or not
         ├── ClosedError                     the client, or the session object, has been closed
         ├── ProtocolError                   client and server do not understand each other
@@ -202,6 +203,10 @@ class LimitError(ServiceError):
 
 class UnavailableError(ServiceError):
     """Nothing answers at the target, the connection broke, or the server is about to stop."""
+
+
+class SharedMemoryError(ServiceError):
+    """The lane "shm" was asked for, and cannot be had: the message says why."""
 
 
 class DeadlineError(ServiceError):

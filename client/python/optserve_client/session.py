@@ -18,6 +18,7 @@ from optserve_client._session_view import SessionView
 from optserve_client._spec import UpdateOptions, Via
 from optserve_client.errors import OptserveError, SessionNotFoundError
 from optserve_client.results import LossHistory, LossResult, Parameters, Split, StepResult
+from optserve_client.tensors import Array
 
 
 class Session(SessionView):
@@ -86,6 +87,15 @@ class Session(SessionView):
                 whatever happened.
         """
         return self._driver.run(self._operations.step(gradients, step=step, via=via))
+
+    def gradient_buffers(self) -> dict[str, Array]:
+        """Return writable arrays for gradients, by parameter: always the same ones.
+
+        A step with these very arrays copies nothing where the server shares its memory (see
+        ``ClientConfig.lane``); elsewhere they are arrays like others. Not to be written to during a
+        step; undefined after it.
+        """
+        return self._driver.run(self._operations.gradient_buffers())
 
     def end_epoch(self, *, epoch: int | None = None) -> SessionStatus:
         """End an epoch: a scheduler that counts epochs advances.

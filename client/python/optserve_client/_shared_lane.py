@@ -1,0 +1,76 @@
+"""The lane in which nothing travels: a worker's tensors in memory that the server shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.tensor_pb2 import TensorHeader
+from optserve_client._region import Region, RegionError
+from optserve_client.tensors import Array, bytes_of, form_of
+
+
+class SharedLane:
+    """Where one worker's gradients and parameters are, if the server has offered it."""
+
+    def __init__(self, headers: Sequence[TensorHeader]) -> None:
+        """Begin without; ``headers`` are those of the session's parameters."""
+        self._headers = headers
+        self._regions: tuple[Region, Region] | None = None  # Of parameters, and of gradients.
+        self._targets: list[Array] = []
+        self._buffers: list[Array] = []
+        self.closed_because = "the worker's stream has not been opened"
+        """Why tensors have to travel; empty if they have not."""
+
+    @property
+    def parameters(self) -> list[Array]:
+        """The session's parameters, read-only, as they are; in the open lane only."""
+        assert self._regions is not None
+        return self._regions[0].arrays
+
+    @property
+    def buffers(self) -> list[Array]:
+        """Writable arrays for gradients: always the same ones while the lane is as it is."""
+        if not self._buffers:
+            forms = [form_of(header) for header in self._headers]
+            self._buffers = [np.zeros(shape, dtype) for dtype, shape in forms]
+        return self._buffers
+
+    def take(self, opened: pb.TrainOpened) -> None:
+        """Take what the server has offered at the opening of the stream, if it can be had."""
+        self.closed_because = ""
+        if not opened.HasField("shared_memory"):
+            self.closed_because = "the server shares no memory with clients at this address"
+            return
+        offer = opened.shared_memory
+        tokens = (offer.parameters.token, offer.gradients.token)
+        if self._regions and tokens == tuple(region.token for region in self._regions):
+            return  # What the caller holds stays what it is.
+        try:
+            self._regions = (
+                self._region(offer.process, offer.parameters, writable=False),
+                self._region(offer.process, offer.gradients, writable=True),
+            )
+        except RegionError as error:
+            self.closed_because = str(error)
+            return
+        self._buffers = self._regions[1].arrays
+        self._targets = [np.asarray(bytes_of(buffer)) for buffer in self._buffers]
+
+    def write(self, position: int, gradient: memoryview) -> None:
+        """Put a gradient's bytes where the server reads them; if they are there, it costs nothing.
+
+        Args:
+            position: Of its parameter.
+            gradient: As many bytes as the parameter has.
+        """
+        source, target = np.asarray(gradient), self._targets[position]
+        if source.ctypes.data != target.ctypes.data:
+            np.copyto(target, source)  # copy: the caller's gradient to shared memory.
+
+    def _region(self, process: int, offer: pb.SharedRegion, *, writable: bool) -> Region:
+        path = Path(f"/proc/{process}/fd/{offer.descriptor}")
+        return Region(path, offer.token, self._headers, writable=writable)
