@@ -40,16 +40,22 @@ class ChunkCodec(Generic[EventT]):
         Raises:
             google.protobuf.message.DecodeError: It is no event at all.
         """
+        event = self.parse(data)
+        return event if isinstance(event, list) else unwrapped(event)
+
+    def parse(self, data: bytes) -> EventT | list[Chunk]:
+        """Return the event as ``decode`` does, but chunks in a form of their own as a message.
+
+        With fields in another order, say; or with fields that we do not know.
+
+        Raises:
+            google.protobuf.message.DecodeError: It is no event at all.
+        """
         if data and data[0] == self._tag:
             chunks = _parse_chunks(data)
             if chunks is not None:
                 return chunks
-        event = self._parse(data)
-        if event.WhichOneof("event") != "chunks":
-            return event
-        # Chunks in a form of their own: with fields in another order, say.
-        message: TensorChunks = event.chunks  # type: ignore[attr-defined] # it has: see __init__
-        return [Chunk(each.tensor, each.offset, memoryview(each.data)) for each in message.chunks]
+        return self._parse(data)
 
     def encode(self, event: EventT | Sequence[Chunk]) -> bytes:
         """Return the event's bytes. Chunks' data is copied, once."""
@@ -67,6 +73,14 @@ class ChunkCodec(Generic[EventT]):
             total += len(head) + len(data)
         parts[0] = bytes((self._tag,)) + _varint(total)
         return b"".join(parts)  # copy: tensors to message; gRPC copies it once more.
+
+
+def unwrapped(event: EventT) -> EventT | list[Chunk]:
+    """Return the chunks of an event that holds some, and any other event as it is."""
+    if event.WhichOneof("event") != "chunks":
+        return event
+    message: TensorChunks = event.chunks  # type: ignore[attr-defined] # it has: see ChunkCodec
+    return [Chunk(each.tensor, each.offset, memoryview(each.data)) for each in message.chunks]
 
 
 def _parse_chunks(data: bytes) -> list[Chunk] | None:
@@ -101,7 +115,8 @@ def _parse_chunks(data: bytes) -> list[Chunk] | None:
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     """Return the number that begins at a position, and the position after it.
 
-    One that has no end, or is too long, comes out as one that fits nowhere.
+    One that has no end, or is longer than it need be, comes out as one that fits nowhere: protobuf
+    knows better than we how long it may be.
     """
     end = len(data)
     if at < end and data[at] < 0x80:
@@ -114,7 +129,7 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, at
+            return (value, at) if byte else (end + 1, end)
     return end + 1, end
 
 

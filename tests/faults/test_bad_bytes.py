@@ -12,6 +12,7 @@ from drivers_grpc import StubDriver
 from event_loop import TIMEOUT_S
 from faults.http2 import MIB, call, framed, gzip_bomb
 from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message_factory import GetMessageClass
 from messages import message_of
 from refusals import RefusedError, refused, translated
 from scenarios.models import create, gradients, spec
@@ -19,6 +20,7 @@ from server_process import ServerProcess
 
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.optimizer_pb2 import SGD
+from optserve.v1.tensor_pb2 import TensorChunk, TensorChunks
 
 SERVICE = pb.DESCRIPTOR.services_by_name["OptimizerService"]
 METHODS = {method.name: method for method in SERVICE.methods}
@@ -26,6 +28,9 @@ OF_A_SESSION = {
     name: method
     for name, method in METHODS.items()
     if "session_id" in method.input_type.fields_by_name
+}
+OF_CHUNKS = {
+    name: method for name, method in METHODS.items() if "chunks" in method.input_type.fields_by_name
 }
 
 GARBAGE = {
@@ -83,6 +88,24 @@ def test_fields_that_are_not_known_are_refused(
 ) -> None:
     with refused("UNKNOWN_FIELD") as caught:
         _call(channel, method, UNKNOWN_FIELD)
+    assert caught.value.actual == "field 1000"
+
+
+@pytest.mark.parametrize("place", ["chunks.chunks[1]", "chunks", ""])
+@pytest.mark.parametrize("method", OF_CHUNKS.values(), ids=OF_CHUNKS)
+def test_fields_that_are_not_known_are_refused_among_chunks_too(
+    channel: grpc.Channel, method: MethodDescriptor, place: str
+) -> None:
+    """Of a newer client they may say what the bytes mean."""
+    unknown = {place: UNKNOWN_FIELD}
+    chunk = TensorChunk(data=b"a").SerializeToString()
+    newer = TensorChunk.FromString(chunk + unknown.get("chunks.chunks[1]", b""))
+    chunks = TensorChunks(chunks=[TensorChunk(data=b"a"), newer])
+    event = GetMessageClass(method.input_type)()
+    newer_chunks = TensorChunks.FromString(chunks.SerializeToString() + unknown.get("chunks", b""))
+    event.chunks.CopyFrom(newer_chunks)  # type: ignore[attr-defined] # see OF_CHUNKS
+    with refused("UNKNOWN_FIELD", field=place) as caught:
+        _call(channel, method, event.SerializeToString() + unknown.get("", b""))
     assert caught.value.actual == "field 1000"
 
 

@@ -18,7 +18,7 @@ import grpc
 from google.protobuf.descriptor import Descriptor, MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
-from optserve.codec import ChunkCodec
+from optserve.codec import ChunkCodec, unwrapped
 from optserve_server.core.errors import MalformedMessageError, OptserveError
 from optserve_server.core.events import Observer, RpcKind, RpcMethod
 from optserve_server.rpc import status
@@ -71,7 +71,7 @@ class Boundary(grpc.aio.ServerInterceptor):
             RpcKind.BIDI_STREAM: (grpc.stream_stream_rpc_method_handler, self._with_messages),
         }[method.kind]
         codec, answer_codec = self._codecs[method.method], self._answer_codecs[method.method]
-        decode = codec.decode if codec else handler.request_deserializer
+        decode = codec.parse if codec else handler.request_deserializer
         encode = answer_codec.encode if answer_codec else handler.response_serializer
         return make(
             wrap(method, behaviour),
@@ -136,9 +136,10 @@ class Boundary(grpc.aio.ServerInterceptor):
 def _checked(method: RpcMethod, request: Any) -> Any:
     if request is _MALFORMED:
         raise MalformedMessageError(f"the bytes are no message of {method.method}")
-    if not isinstance(request, list):  # Chunks, which are full of bytes, have no other fields.
-        check_known(request)
-    return request
+    if isinstance(request, list):  # Chunks of which every byte is known.
+        return request
+    check_known(request)
+    return unwrapped(request) if "chunks" in request.DESCRIPTOR.fields_by_name else request
 
 
 def _codec_of(message: Descriptor) -> ChunkCodec[Any] | None:
