@@ -26,6 +26,8 @@ from optserve_client._spec import (
     SessionOptions,
     UpdateOptions,
     Via,
+    Wire,
+    WireEncoding,
 )
 from optserve_client.client import Client, connect
 from optserve_client.config import ClientConfig, Lane
@@ -130,6 +132,8 @@ __all__ = [
     "UnknownNameError",
     "UpdateOptions",
     "Via",
+    "Wire",
+    "WireEncoding",
     "WorkerBusyError",
     "connect",
     "from_bfloat16",

@@ -12,64 +12,23 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, Protocol, TypeAlias
 
-import numpy as np
 from google.protobuf.message import Message
 
 from optserve.limits import CHUNK_BYTES_MAX
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.error_pb2 import Refusal
 from optserve.v1.tensor_pb2 import TensorHeader
-from optserve.wire import Assembly, Buffer, Chunk, FramingError, Source, byte_count, split
+from optserve.wire import Chunk, Source, split, whole
+from optserve_client._encoded import parameter_targets
+from optserve_client._incoming import Incoming, Room, arrays_of, uncounted
 from optserve_client.errors import ProtocolError
-from optserve_client.tensors import DTYPES, Array, allocate, bytes_of
+from optserve_client.tensors import Array
 
 TrainEvent: TypeAlias = pb.TrainRequest | list[Chunk]
 TrainAnswer: TypeAlias = pb.TrainResponse | list[Chunk]
 
 # What is larger goes by stream: a long message holds up the server's other clients.
 INLINE_BYTES_MAX = CHUNK_BYTES_MAX
-
-
-def _nothing(_count: int) -> None:
-    """Be told of bytes that nobody counts."""
-
-
-class Room:
-    """Memory for tensors that arrive, and may do so again and again."""
-
-    def __init__(self, headers: Sequence[TensorHeader]) -> None:
-        """Take the memory for what ``headers`` say; they must have been checked."""
-        arrays = allocate(headers)
-        self.buffers = [Buffer(bytes_of(array)) for array in arrays]
-        """Where the bytes go."""
-        self.arrays = [_read_only(array) for array in arrays]
-        """The tensors, which nobody but the buffers can write to."""
-
-
-class Incoming:
-    """Tensors that are arriving in chunks, after their headers."""
-
-    def __init__(self, room: Room, advance: Callable[[int], None] = _nothing) -> None:
-        """Fill ``room``, and tell ``advance`` of each piece how many bytes it had."""
-        self._room = room
-        self._assembly = Assembly(room.buffers)
-        self._advance = advance
-
-    def add(self, chunks: list[Chunk]) -> None:
-        """Write chunks where they belong."""
-        try:
-            count = self._assembly.add(chunks)
-        except FramingError as error:
-            raise ProtocolError(f"the server's chunks are wrong: {error}") from error
-        self._advance(count)
-
-    def finish(self) -> list[Array]:
-        """Return the tensors, read-only, once all their bytes have come."""
-        try:
-            self._assembly.finish()
-        except FramingError as error:
-            raise ProtocolError(f"the server's chunks are incomplete: {error}") from error
-        return self._room.arrays
 
 
 class TrainExchange(Protocol):
@@ -118,6 +77,7 @@ class Step:
         room: Room,
         *,
         chunk_bytes: int,
+        reference: Sequence[Array] | None = None,
     ) -> None:
         """Take the step that ``begin`` announces.
 
@@ -127,12 +87,14 @@ class Step:
             headers: Of the parameters that the answer must announce, if it announces any.
             room: For the parameters.
             chunk_bytes: Most tensor bytes in one message.
+            reference: See ``parameter_targets``.
         """
         self._begin = begin
         self._gradients = gradients
         self._announced = [] if begin.every_parameter else headers
         self._room = room
         self._chunk_bytes = chunk_bytes
+        self._reference = reference
         self._incoming: Incoming | None = None
         self.result: pb.StepResult | None = None
         self.parameters: list[Array] | None = None
@@ -163,7 +125,12 @@ class Step:
             case "begin" if response.begin.step == self._begin.step:
                 # A second one takes back what came after the first.
                 check_announced(response.begin.parameters, self._announced)
-                self._incoming = Incoming(self._room)
+                self._incoming = Incoming(
+                    self._room,
+                    targets=parameter_targets(
+                        response.begin.encoding, self._room.buffers, self._reference
+                    ),
+                )
             case "result" if self._incoming is not None and (
                 response.result.step == self._begin.step
             ):
@@ -178,18 +145,24 @@ class PackedStep:
     """One step of a small model, in one message each way."""
 
     def __init__(
-        self, step: int, gradients: Sequence[memoryview], headers: Sequence[TensorHeader]
+        self,
+        step: int,
+        gradients: Sequence[Source],
+        headers: Sequence[TensorHeader],
+        reference: Sequence[Array] | None = None,
     ) -> None:
         """Take step ``step``.
 
         Args:
             step: Its number.
-            gradients: Bytes of a gradient for every parameter, in the session's order.
+            gradients: Of every parameter, in the session's order.
             headers: Of the parameters.
+            reference: See ``parameter_targets``.
         """
         # copy: gradients to bytes; protobuf copies them once more.
-        self._packed = pb.PackedStep(step=step, gradients=[bytes(each) for each in gradients])
+        self._packed = pb.PackedStep(step=step, gradients=[whole(each) for each in gradients])
         self._headers = headers
+        self._reference = reference
         self.result: pb.StepResult | None = None
         self.parameters: list[Array] | None = None
         self.refusal: Refusal | None = None
@@ -206,13 +179,13 @@ class PackedStep:
         if event == "refused" and response.refused.step == self._packed.step:
             self.refusal = response.refused.refusal
             return True
-        result, data = response.packed.result, response.packed.parameters
-        if result.step != self._packed.step or len(data) != len(self._headers):
+        packed = response.packed
+        if packed.result.step != self._packed.step or len(packed.parameters) != len(self._headers):
             _unexpected(response, f"the parameters after step {self._packed.step}")
-        self.parameters = [
-            _array(header, each) for header, each in zip(self._headers, data, strict=True)
-        ]
-        self.result = result
+        self.parameters = arrays_of(
+            self._headers, packed.parameters, packed.encoding, self._reference
+        )
+        self.result = packed.result
         return True
 
 
@@ -245,7 +218,7 @@ class Download:
     """Parameters that come, after their headers, until the end of the stream."""
 
     def __init__(
-        self, parameters: Sequence[TensorHeader], advance: Callable[[int], None] = _nothing
+        self, parameters: Sequence[TensorHeader], advance: Callable[[int], None] = uncounted
     ) -> None:
         """Expect exactly ``parameters``, in that order."""
         self._parameters = parameters
@@ -319,7 +292,7 @@ def upload_requests(
     tensors: Sequence[Source],
     *,
     chunk_bytes: int,
-    advance: Callable[[int], None] = _nothing,
+    advance: Callable[[int], None] = uncounted,
 ) -> Iterator[pb.UploadParametersRequest | list[Chunk]]:
     """Yield the messages of an upload of ``tensors``; the client's half-close follows."""
     yield pb.UploadParametersRequest(begin=begin)
@@ -345,19 +318,6 @@ def check_loss_tensor(name: str, header: TensorHeader, predictions: TensorHeader
     )
     if header.data_type != predictions.data_type or not (same_shape or fits):
         raise ProtocolError(f"the server's '{name}' does not belong to the predictions")
-
-
-def _array(header: TensorHeader, data: bytes) -> Array:
-    """Return the read-only array that some bytes are, without copying them."""
-    if len(data) != byte_count(header):
-        raise ProtocolError(f"the server sent {len(data)} bytes for parameter '{header.name}'")
-    return np.frombuffer(data, DTYPES[header.data_type]).reshape(tuple(header.shape))
-
-
-def _read_only(array: Array) -> Array:
-    view = array.view()
-    view.flags.writeable = False
-    return view
 
 
 def _unexpected(response: Message | list[Chunk], expected: str) -> NoReturn:

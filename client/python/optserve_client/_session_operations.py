@@ -12,10 +12,12 @@ from numpy.typing import ArrayLike
 from optserve.limits import MESSAGE_BYTES_MAX, MESSAGE_HEADROOM_BYTES
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.session_pb2 import Session, SessionStatus
-from optserve.v1.tensor_pb2 import TensorHeader
-from optserve.wire import Buffer, byte_count
+from optserve.v1.tensor_pb2 import Tensor, TensorHeader
+from optserve.wire import Buffer, byte_count, whole
 from optserve_client import _exchange as exchanges
 from optserve_client._effects import Collect, Operation, Train, ask
+from optserve_client._encoded import GradientSources
+from optserve_client._incoming import Room, arrays_of
 from optserve_client._refusals import from_refusal
 from optserve_client._shared_lane import SharedLane
 from optserve_client._spec import UpdateOptions, Via, update_request
@@ -35,8 +37,6 @@ from optserve_client.tensors import (
     bytes_of,
     encode_as,
     form_of,
-    from_tensor,
-    messages,
 )
 
 Gradients: TypeAlias = Mapping[str, ArrayLike | None]
@@ -72,8 +72,11 @@ class SessionOperations:
         self._forms = {name: form_of(header) for name, header in self._headers.items()}
         self._values: dict[str, Array] = {}
         # Of what steps bring: one holds the newest values, and the other waits for the next ones.
-        self._rooms: list[exchanges.Room] = []
+        self._rooms: list[Room] = []
         self._shared = SharedLane(session.spec.parameters)
+        self._gradients = GradientSources(session.spec.wire.gradients)
+        # What the answer to the last streamed step has brought: the next one may build on it.
+        self._reference: list[Array] | None = None
 
     @property
     def parameters(self) -> Parameters:
@@ -224,15 +227,20 @@ class SessionOperations:
         expected = list(self._headers.values())
         every = len(headers) == len(expected)
         step: exchanges.PackedStep | exchanges.Step
+        sources = self._gradients.of([header.name for header in headers], tensors)
         if every and sum(map(len, tensors)) <= self.terms.chunk_bytes:
-            step = exchanges.PackedStep(number, tensors, expected)
+            step = exchanges.PackedStep(number, sources, expected, self._reference)
         else:
             begin = pb.StepBegin(
                 step=number, gradients=() if every else headers, every_parameter=every
             )
-            sources = [Buffer(tensor) for tensor in tensors]
             step = exchanges.Step(
-                begin, sources, expected, self._spare(), chunk_bytes=self.terms.chunk_bytes
+                begin,
+                sources,
+                expected,
+                self._spare(),
+                chunk_bytes=self.terms.chunk_bytes,
+                reference=self._reference,
             )
         yield Train(
             opening=self._opening(),
@@ -244,6 +252,8 @@ class SessionOperations:
         assert step.result is not None
         assert step.parameters is not None
         self._rooms.reverse()  # What has come stays; the other one is spare now.
+        self._gradients.answered()
+        self._reference = step.parameters
         return step.result, step.parameters
 
     def _step_shared(
@@ -272,16 +282,23 @@ class SessionOperations:
     ) -> Operation[tuple[pb.StepResult, list[Array]]]:
         expected = list(self._headers.values())
         check_unary_fits(expected)
+        sources = self._gradients.of([header.name for header in headers], tensors)
         request = pb.StepRequest(
             session_id=self.session_id,
             worker=self.worker,
             step=number,
-            gradients=messages(headers, tensors),
+            gradients=[
+                Tensor(header=header, data=whole(source))
+                for header, source in zip(headers, sources, strict=True)
+            ],
         )
         timeout_s = self.terms.config.step_timeout_s
         response = yield from ask("Step", request, pb.StepResponse, timeout_s)
         exchanges.check_announced([tensor.header for tensor in response.parameters], expected)
-        return response.result, [from_tensor(tensor) for tensor in response.parameters]
+        data = [tensor.data for tensor in response.parameters]
+        arrays = arrays_of(expected, data, response.encoding)
+        self._gradients.answered()
+        return response.result, arrays
 
     def _opening(self) -> exchanges.Opening:
         asks = self.terms.config.lane != "grpc"
@@ -301,13 +318,13 @@ class SessionOperations:
             raise SharedMemoryError(f"no shared memory: {self._shared.closed_because}")
         return opening.opened
 
-    def _spare(self) -> exchanges.Room:
+    def _spare(self) -> Room:
         """Return memory for parameters that does not hold the newest ones.
 
         Used again every other step: to take it anew each time costs more than to fill it.
         """
         if len(self._rooms) < 2:
-            self._rooms.insert(0, exchanges.Room(list(self._headers.values())))
+            self._rooms.insert(0, Room(list(self._headers.values())))
         return self._rooms[0]
 
     def _bytes_of(self, header: TensorHeader, gradient: ArrayLike, at: int) -> memoryview:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Required, TypeAlias, TypedDict, TypeVar
+from typing import Literal, Required, TypeAlias, TypedDict, TypeVar, get_args
 
 from google.protobuf.message import Message
 from numpy.typing import DTypeLike
@@ -16,7 +16,8 @@ from optserve.v1.scheduler_pb2 import Scheduler
 from optserve.v1.scheduler_pb2 import ScheduleUnit as Unit
 from optserve.v1.session_pb2 import NonFinitePolicy, SessionLimits, SessionSpec
 from optserve.v1.session_pb2 import ParameterGroup as Group
-from optserve.v1.tensor_pb2 import TensorHeader
+from optserve.v1.session_pb2 import Wire as WireMessage
+from optserve.v1.tensor_pb2 import Encoding, TensorHeader
 from optserve_client.lr_scheduler import AnyScheduler
 from optserve_client.nn import AnyLoss
 from optserve_client.optim import AnyOptimizer
@@ -27,6 +28,9 @@ ScheduleUnit: TypeAlias = Literal["steps", "epochs"]
 Via: TypeAlias = Literal["stream", "unary"]
 """How tensors travel: in a stream, or in one message each way, for small ones where streams do not
 pass."""
+
+WireEncoding: TypeAlias = Literal["BF16", "FP16", "INT8_BLOCKS"]
+"""What stands for float32 elements on the wire, as ``Encoding`` in the contract has it."""
 
 _UNITS = {"steps": Unit.SCHEDULE_UNIT_STEPS, "epochs": Unit.SCHEDULE_UNIT_EPOCHS}
 
@@ -43,6 +47,18 @@ class ParameterGroup:
     """Names of the parameters. Empty when a running session is updated, and for "default"."""
     overrides: AnyOptimizer | None = None
     """Hyperparameters in which the group differs, as an optimizer of the session's kind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wire:
+    """How the tensors of steps travel where fewer bytes are wanted; all parameters must be float32.
+
+    None is exact. "BF16" and "FP16" round to half the bytes. "INT8_BLOCKS" rounds to a quarter, and
+    makes good in the next step what it has rounded away in this one.
+    """
+
+    gradients: WireEncoding | None = None
+    parameters: WireEncoding | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +94,8 @@ class SpecOptions(TypedDict, total=False):
     """How many points of each split the history keeps. Default: as many as the server allows."""
     round_timeout_s: float
     """How long a step waits for the other workers. Default: as long as the server allows."""
+    wire: Wire
+    """How gradients and parameters travel, such as ``Wire(gradients="BF16")``. Default: exactly."""
 
 
 class WorkerOptions(TypedDict, total=False):
@@ -121,6 +139,7 @@ def session_spec(
     display_name: str = "",
     loss_points_max: int | None = None,
     round_timeout_s: float | None = None,
+    wire: Wire | None = None,
 ) -> SessionSpec:
     """Return the spec of a new session; the arguments are those of ``SpecOptions``.
 
@@ -137,6 +156,7 @@ def session_spec(
         workers=workers,
         non_finite=_non_finite_policy(allowed=allow_non_finite),
         limits=SessionLimits(loss_points_max=loss_points_max, round_timeout_s=round_timeout_s),
+        wire=None if wire is None else _wire(wire),
     )
 
 
@@ -183,6 +203,22 @@ def _scheduler(kind: AnyScheduler, unit: ScheduleUnit) -> Scheduler:
     scheduler = _choose(Scheduler(), kind, "scheduler")
     scheduler.unit = _UNITS[unit]
     return scheduler
+
+
+def _wire(wire: Wire) -> WireMessage:
+    return WireMessage(
+        gradients=_encoding(wire.gradients, "gradients"),
+        parameters=_encoding(wire.parameters, "parameters"),
+    )
+
+
+def _encoding(name: WireEncoding | None, direction: str) -> Encoding.ValueType:
+    if name is None:
+        return Encoding.ENCODING_UNSPECIFIED
+    if name not in get_args(WireEncoding):
+        names = ", ".join(get_args(WireEncoding))
+        raise ValueError(f"{direction} must be None or one of {names}, not {name!r}")
+    return Encoding.Value(f"ENCODING_{name}")
 
 
 def _choose(choice: _Choice, kind: object, argument: str) -> _Choice:

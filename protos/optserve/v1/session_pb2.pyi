@@ -178,9 +178,10 @@ Global___SessionLimits: _TypeAlias = SessionLimits  # noqa: Y015
 
 @_typing.final
 class Wire(_message.Message):
-    """Wire says how the tensors of a step travel. All others, and what lies in SharedMemory, are in their own data type.
+    """Wire says how the tensors of a step travel; all others travel in their own data type.
 
-    Anything but ENCODING_UNSPECIFIED is for sessions whose parameters are all FP32, and is refused for others.
+    Anything but ENCODING_UNSPECIFIED is for sessions whose parameters are all FP32, and is refused for others. Their workers
+    are offered no SharedMemory: what a session computes does not depend on where its workers are.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

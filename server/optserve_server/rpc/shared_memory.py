@@ -12,6 +12,7 @@ from optserve_server.core.actor import SessionActor
 from optserve_server.core.errors import MemoryExhaustedError
 from optserve_server.core.region import Region, RegionUnavailableError
 from optserve_server.core.registry import SessionRegistry
+from optserve_server.core.spec import Wire
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ async def offer(
     """
     if not registry.surroundings.shared_memory or not is_local(peer):
         return None
+    if actor.spec.wire != Wire():
+        return None  # What a session computes must not depend on where its workers are.
     # While the parameters move, one of them at a time is in both places.
     count = max(spec.byte_count for spec in actor.spec.parameters)
     try:

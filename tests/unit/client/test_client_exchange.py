@@ -16,11 +16,11 @@ from optserve_client._exchange import (
     LossEvaluation,
     Opening,
     PackedStep,
-    Room,
     Step,
     TrainAnswer,
     upload_requests,
 )
+from optserve_client._incoming import Room
 from optserve_client.errors import ProtocolError
 from optserve_client.tensors import Array, bytes_of
 
@@ -63,7 +63,7 @@ def step_of_every_parameter() -> Step:
 
 
 def packed_step() -> PackedStep:
-    return PackedStep(3, [bytes_of(W_VALUES), bytes_of(np.asarray(B_VALUE))], [W, B])
+    return PackedStep(3, [source_of(W_VALUES), source_of(np.asarray(B_VALUE))], [W, B])
 
 
 def begin(step: int = 3, parameters: Sequence[TensorHeader] = (W, B)) -> pb.TrainResponse:

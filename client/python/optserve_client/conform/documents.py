@@ -66,6 +66,7 @@ def options(document: Document) -> dict[str, Any]:
         "workers": lambda workers: {"workers": workers},
         "non_finite": lambda policy: {"allow_non_finite": {"ALLOW": True, "REFUSE": False}[policy]},
         "limits": dict,
+        "wire": lambda wire: {"wire": optserve.Wire(**wire)},
     }
     return {
         name: value for key, part in document.items() for name, value in read[key](part).items()
