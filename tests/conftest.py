@@ -8,6 +8,7 @@ import pytest
 from drivers import Driver
 from drivers_core import CoreDriver
 from drivers_grpc import StubDriver, served_in_process
+from drivers_shared import SharedDriver
 from hypothesis import settings
 from server_process import ServerProcess, running_server
 
@@ -44,7 +45,14 @@ def process_driver(server: ServerProcess) -> Iterator[StubDriver]:
         yield driver
 
 
-@pytest.fixture(params=["core", "grpc", "process"])
+@pytest.fixture(scope="session")
+def shared_driver(server: ServerProcess) -> Iterator[SharedDriver]:
+    """Drive a real server process whose memory is shared."""
+    with SharedDriver(server.address) as driver:
+        yield driver
+
+
+@pytest.fixture(params=["core", "grpc", "process", "shared"])
 def driver(request: pytest.FixtureRequest) -> Driver:
     """Run a scenario through every driver."""
     chosen: Driver = request.getfixturevalue(f"{request.param}_driver")

@@ -103,15 +103,10 @@ class StubDriver:
             return assembled(begin.parameters, (response.chunks for response in responses))
 
     @contextmanager
-    def worker(self, session_id: str, worker: int = 0) -> Iterator[_StubWorker]:
-        stream = _StubWorker(self.stub)
-        with stream.receiver:
-            try:
-                with translated():
-                    stream.open(session_id, worker)
-                yield stream
-            finally:
-                stream.leave()
+    def worker(self, session_id: str, worker: int = 0) -> Iterator[StubWorker]:
+        stream = StubWorker(self.stub)
+        with stream.opened(session_id, worker):
+            yield stream
 
     def end_epoch(self, session_id: str, epoch: int) -> SessionStatus:
         request = pb.EndEpochRequest(session_id=session_id, epoch=epoch)
@@ -163,7 +158,7 @@ class StubDriver:
             return self.stub.ListLossPoints(request, timeout=TIMEOUT_S)
 
 
-class _StubWorker:
+class StubWorker:
     """One worker's stream; its answers are read in a thread of its own."""
 
     status: SessionStatus
@@ -172,6 +167,17 @@ class _StubWorker:
         self.receiver = ThreadPoolExecutor(1)
         self._requests: SimpleQueue[pb.TrainRequest | None] = SimpleQueue()
         self._responses = stub.Train(iter(self._requests.get, None))
+
+    @contextmanager
+    def opened(self, session_id: str, worker: int) -> Iterator[None]:
+        """Open the stream for a block."""
+        with self.receiver:
+            try:
+                with translated():
+                    self.open(session_id, worker)
+                yield
+            finally:
+                self.leave()
 
     def open(self, session_id: str, worker: int) -> None:
         """Open the stream."""

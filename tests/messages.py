@@ -23,7 +23,7 @@ DATA_TYPES = {
     torch.float64: DataType.DATA_TYPE_FP64,
     torch.bfloat16: DataType.DATA_TYPE_BF16,
 }
-_DTYPES = {data_type: dtype for dtype, data_type in DATA_TYPES.items()}
+DTYPES = {data_type: dtype for dtype, data_type in DATA_TYPES.items()}
 
 
 def header_of(name: str, tensor: Tensor) -> TensorHeader:
@@ -96,7 +96,7 @@ def assembled(
 
 
 def _decoded(header: TensorHeader, data: bytearray) -> Tensor:
-    dtype = _DTYPES[header.data_type]
+    dtype = DTYPES[header.data_type]
     if not data:
         return torch.empty(tuple(header.shape), dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(tuple(header.shape))
