@@ -34,6 +34,14 @@ TABLE = [
 ]
 
 
+@pytest.fixture(params=["stream", "shared-memory"])
+def remote_driver(
+    request: pytest.FixtureRequest, process_driver: Driver, shared_driver: Driver
+) -> Driver:
+    """Reach a real server in each of the lanes."""
+    return process_driver if request.param == "stream" else shared_driver
+
+
 def _id(optimizer: OptimizerCase, scheduler: SchedulerCase | None) -> str:
     return f"{optimizer.name}-{scheduler.name if scheduler else 'no-schedule'}"
 
@@ -43,12 +51,12 @@ def _id(optimizer: OptimizerCase, scheduler: SchedulerCase | None) -> str:
     ("optimizer", "scheduler"), [pytest.param(*pair, id=_id(*pair)) for pair in TABLE]
 )
 def test_fifty_steps_through_a_real_server_are_those_of_torch(
-    process_driver: Driver, optimizer: OptimizerCase, scheduler: SchedulerCase | None, groups: int
+    remote_driver: Driver, optimizer: OptimizerCase, scheduler: SchedulerCase | None, groups: int
 ) -> None:
     spec = spec_of(optimizer, scheduler, groups)
-    session = process_driver.create(spec, initial_parameters())
-    through_server = served(process_driver, session, scheduler)
-    process_driver.delete(session.status.session_id)
+    session = remote_driver.create(spec, initial_parameters())
+    through_server = served(remote_driver, session, scheduler)
+    remote_driver.delete(session.status.session_id)
     by_torch = local(optimizer, scheduler, hyperparameters_of(optimizer, session))
     assert_same_bits(through_server, by_torch)
 
@@ -60,12 +68,12 @@ def test_fifty_steps_through_a_real_server_are_those_of_torch(
     "optimizer", FIRST_OF_KIND.values(), ids=[case.name for case in FIRST_OF_KIND.values()]
 )
 def test_it_holds_for_other_data_types(
-    process_driver: Driver, optimizer: OptimizerCase, dtype: torch.dtype
+    remote_driver: Driver, optimizer: OptimizerCase, dtype: torch.dtype
 ) -> None:
     spec = spec_of(optimizer, None, 1, dtype)
-    session = process_driver.create(spec, initial_parameters(dtype))
-    through_server = served(process_driver, session, None, dtype)
-    process_driver.delete(session.status.session_id)
+    session = remote_driver.create(spec, initial_parameters(dtype))
+    through_server = served(remote_driver, session, None, dtype)
+    remote_driver.delete(session.status.session_id)
     by_torch = local(optimizer, None, hyperparameters_of(optimizer, session), dtype)
     assert_same_bits(through_server, by_torch)
 
@@ -74,7 +82,7 @@ def test_it_holds_for_other_data_types(
     "optimizer", FIRST_OF_KIND.values(), ids=[case.name for case in FIRST_OF_KIND.values()]
 )
 def test_it_holds_for_tensors_of_many_chunks(
-    process_driver: Driver, optimizer: OptimizerCase
+    remote_driver: Driver, optimizer: OptimizerCase
 ) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(701, 1009, generator=generator)  # 2.7 MiB; no round number of anything.
@@ -83,18 +91,18 @@ def test_it_holds_for_tensors_of_many_chunks(
         parameters=headers_of({"weight": weight}),
         optimizer=optimizer.message(optimizer.hyperparameters),
     )
-    session = process_driver.create(spec)
-    process_driver.upload(session.status.session_id, {"weight": weight})
+    session = remote_driver.create(spec)
+    remote_driver.upload(session.status.session_id, {"weight": weight})
     torch_optimizer = optimizer.torch_class(
         [weight], **hyperparameters_of(optimizer, session)["default"]
     )
-    with process_driver.worker(session.status.session_id) as worker:
+    with remote_driver.worker(session.status.session_id) as worker:
         for step, gradient in enumerate(gradients, start=1):
             came = take(worker, step, {"weight": gradient}).parameters["weight"]
             weight.grad = gradient
             torch_optimizer.step()
             assert bytes_of(came) == bytes_of(weight)
-    process_driver.delete(session.status.session_id)
+    remote_driver.delete(session.status.session_id)
 
 
 def test_the_table_has_every_optimizer_and_every_scheduler_of_the_contract() -> None:
