@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from event_loop import TIMEOUT_S
+from refusals import RefusedError
 from torch import Tensor
 
 from optserve.v1 import optimizer_service_pb2 as pb
@@ -105,3 +107,19 @@ class Driver(Protocol):
 def take(worker: Worker, step: int, gradients: Tensors) -> StepAnswer:
     """Take one step, and wait for its answer."""
     return worker.start(step, gradients).result(TIMEOUT_S)
+
+
+@contextmanager
+def reopened(driver: Driver, session_id: str, worker: int = 0) -> Iterator[Worker]:
+    """Open a worker's stream once the server has seen that the last one is gone."""
+    deadline = time.monotonic() + TIMEOUT_S
+    with ExitStack() as stack:
+        while True:
+            try:
+                opened = stack.enter_context(driver.worker(session_id, worker))
+                break
+            except RefusedError as error:
+                if error.reason != "WORKER_BUSY" or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.005)
+        yield opened

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 
@@ -60,11 +60,11 @@ class SharedWorker(StubWorker):
             return super().start(step, gradients)
         for name, gradient in gradients.items():
             self.gradients.write(name, gradient)
-        return self.start_shared(step, gradients)
+        absent = [at for at, header in enumerate(self._headers) if header.name not in gradients]
+        return self.send_shared(step, absent)
 
-    def start_shared(self, step: int, present: Collection[str]) -> Future[StepAnswer]:
+    def send_shared(self, step: int, absent: Sequence[int]) -> Future[StepAnswer]:
         """Send a step with the gradients that lie in the memory."""
-        absent = [at for at, header in enumerate(self._headers) if header.name not in present]
         self._requests.put(pb.TrainRequest(shared=pb.SharedStep(step=step, absent=absent)))
         return self.receiver.submit(self._receive_shared)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import pytest
 import torch
-from drivers import Driver, StepAnswer, Tensors, Worker, take
+from drivers import Driver, StepAnswer, Tensors, Worker, reopened, take
 from drivers_shared import SharedDriver
 from event_loop import TIMEOUT_S
 from refusals import RefusedError, refused
@@ -108,7 +108,7 @@ def test_a_worker_that_breaks_off_while_it_waits_has_contributed(driver: Driver)
             first.start(1, gradients(1))
             time.sleep(0.1)
             first.abandon()
-        with _reopened(driver, shared, 0) as first:
+        with reopened(driver, shared, 0) as first:
             assert first.status.steps == 0
             # The first contribution is the one that counts; in shared memory, what lies there.
             again = 1 if isinstance(driver, SharedDriver) else 7
@@ -132,7 +132,7 @@ def test_a_worker_that_comes_back_after_the_round_gets_its_result(driver: Driver
             time.sleep(0.1)
             first.abandon()
         came = take(second, 1, gradients(2))
-        with _reopened(driver, session_id, 0) as first:
+        with reopened(driver, session_id, 0) as first:
             assert first.status.steps == 1
             again = take(first, 1, gradients(1))
             assert again.result.replayed
@@ -151,7 +151,7 @@ def test_a_step_is_applied_once_even_if_it_is_sent_again_while_it_is_applied(
         worker.start(1, gradient)
         time.sleep(pause_s)
         worker.abandon()
-    with _reopened(driver, session_id, 0) as worker:
+    with reopened(driver, session_id, 0) as worker:
         came = take(worker, 1, gradient)
         assert came.result.step == 1
         assert_same(came.parameters, {"large": -gradient["large"]})
@@ -188,7 +188,7 @@ def test_a_worker_has_one_stream_at_a_time(driver: Driver) -> None:
         with driver.worker(session_id, 0) as other:
             answers = _round([other, worker], [0, 1], 1, [gradients(1), gradients(2)])
             assert [answer.result.step for answer in answers] == [1, 1]
-    with _reopened(driver, session_id, 1) as worker:
+    with reopened(driver, session_id, 1) as worker:
         assert worker.status.steps == 1
 
 
@@ -214,19 +214,3 @@ def test_a_deleted_session_ends_the_streams_of_those_who_wait_and_of_those_who_r
         assert caught.value.reason == "SESSION_DELETED"
     with refused("SESSION_NOT_FOUND", field="session_id"):
         driver.get(session_id)
-
-
-@contextmanager
-def _reopened(driver: Driver, session_id: str, worker: int) -> Iterator[Worker]:
-    """Open a worker's stream once the server has seen that the last one is gone."""
-    deadline = time.monotonic() + TIMEOUT_S
-    with ExitStack() as stack:
-        while True:
-            try:
-                opened = stack.enter_context(driver.worker(session_id, worker))
-                break
-            except RefusedError as error:
-                if error.reason != "WORKER_BUSY" or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.005)
-        yield opened

@@ -62,7 +62,7 @@ def is_local(peer: str) -> bool:
     shows by opening the file.
     """
     kind, _, address = unquote(peer).partition(":")
-    if kind == "unix":
+    if kind in ("unix", "unix-abstract"):
         return True
     if kind not in ("ipv4", "ipv6"):
         return False
