@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from drivers import Driver
 from drivers_core import CoreDriver
+from drivers_forms import FormDriver
 from drivers_grpc import StubDriver, served_in_process
 from drivers_shared import SharedDriver
 from hypothesis import settings
@@ -32,9 +33,30 @@ def core_driver() -> Iterator[Driver]:
 
 
 @pytest.fixture(scope="session")
-def grpc_driver() -> Iterator[Driver]:
+def grpc_address() -> Iterator[str]:
+    """Serve gRPC in this process."""
+    with served_in_process() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def grpc_driver(grpc_address: str) -> Iterator[Driver]:
     """Drive a gRPC server in this process."""
-    with served_in_process() as address, StubDriver(address) as driver:
+    with StubDriver(grpc_address) as driver:
+        yield driver
+
+
+@pytest.fixture(scope="session")
+def whole_driver(grpc_address: str) -> Iterator[Driver]:
+    """Drive it with steps that announce no gradients, if there is one for every parameter."""
+    with FormDriver(grpc_address, "every-parameter") as driver:
+        yield driver
+
+
+@pytest.fixture(scope="session")
+def packed_driver(grpc_address: str) -> Iterator[Driver]:
+    """Drive it with steps in one message, if they are small and whole."""
+    with FormDriver(grpc_address, "packed") as driver:
         yield driver
 
 
@@ -52,7 +74,7 @@ def shared_driver(server: ServerProcess) -> Iterator[SharedDriver]:
         yield driver
 
 
-@pytest.fixture(params=["core", "grpc", "process", "shared"])
+@pytest.fixture(params=["core", "grpc", "whole", "packed", "process", "shared"])
 def driver(request: pytest.FixtureRequest) -> Driver:
     """Run a scenario through every driver."""
     chosen: Driver = request.getfixturevalue(f"{request.param}_driver")

@@ -226,7 +226,8 @@ async def _answer(
 ) -> None:
     try:
         specs = [spec_of(name, gradient) for name, gradient in gradients.items()]
-        contribution = actor.begin(worker, step, specs)
+        whole = specs == list(actor.spec.parameters)  # Then nobody need look for their places.
+        contribution = actor.begin(worker, step, None if whole else specs)
         for target, gradient in zip(contribution.targets, gradients.values(), strict=False):
             target.copy_(gradient)
         outcome, replayed = await actor.commit(contribution)

@@ -27,6 +27,7 @@ from torch import Tensor
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 from optserve.v1.session_pb2 import Session, SessionSpec, SessionStatus, Split
+from optserve.v1.tensor_pb2 import TensorChunks, TensorHeader
 from optserve_server.core.limits import Limits
 from optserve_server.rpc.server import Server
 
@@ -202,15 +203,19 @@ class StubWorker:
         with suppress(grpc.RpcError):  # It may have been ended already, and was told so.
             self.receiver.submit(lambda: list(self._responses)).result(TIMEOUT_S)
 
-    def _receive(self) -> StepAnswer:
+    def _receive(self, expected: Sequence[TensorHeader] | None = None) -> StepAnswer:
+        """Receive an answer that announces the parameters, or else has those that are expected."""
+        begin, chunks = None, list[TensorChunks]()
         with translated():
-            first = next(self._responses)
-            if first.HasField("refused"):
-                raise RefusedError.from_message(first.refused.refusal)
-            assert first.HasField("begin")
-            chunks = []
-            while (response := next(self._responses)).HasField("chunks"):
-                chunks.append(response.chunks)
-            assert response.HasField("result")
-        parameters = assembled(first.begin.parameters, chunks)
+            while not (response := next(self._responses)).HasField("result"):
+                if response.HasField("refused"):  # Even now: what had come is void.
+                    raise RefusedError.from_message(response.refused.refusal)
+                if response.HasField("begin"):
+                    begin, chunks = response.begin, []
+                else:
+                    chunks.append(response.chunks)
+        assert begin is not None
+        assert begin.step == response.result.step
+        assert (expected is None) == bool(begin.parameters)
+        parameters = assembled(expected or begin.parameters, chunks)
         return StepAnswer(result=response.result, parameters=parameters)
