@@ -1,9 +1,10 @@
 """Measure optserve beside its peers: in the same run, in turn, and nobody's result unchecked.
 
-  make bench                              everything; a quarter of an hour, or three
+  make bench                              everything
   make bench-check                        every claim, in less than ten minutes
   make bench ARGS="--only loopback"       one of them
   make bench ARGS="--list"                what there is
+  make bench ARGS="--publish"             everything; the documents show it
 
 What is measured, and how to read it: tests/benchmarks/README.md.
 """
@@ -23,8 +24,9 @@ from benchmarks.arena import Effort
 from benchmarks.circumstances import circumstances
 from benchmarks.conditions import Benchmark, Conditions
 from benchmarks.figures import Comparison, Row
-from benchmarks.job import SkippedError
-from benchmarks.record import RESULTS, Record
+from benchmarks.job import TESTS, SkippedError
+from benchmarks.publish import publish
+from benchmarks.record import Record
 from benchmarks.report import comparison_table, row_line
 from benchmarks.suite import BENCHMARKS
 from rich.console import Console
@@ -53,12 +55,17 @@ def main() -> int:
         or (not arguments.only and not (arguments.check and benchmark.thorough_only))
     ]
     try:
-        record = _measure(chosen, arguments, console)
+        if arguments.source:
+            record = Record.read(arguments.source)
+        else:
+            record = _measure(chosen, arguments, console)
+            record.write(arguments.output)
+            console.print(f"\nwritten: {arguments.output}", highlight=False)
     except KeyboardInterrupt:
         console.print("\nInterrupted: nothing is left running.")
         return EXIT_INTERRUPTED
-    record.write(arguments.output)
-    console.print(f"\nwritten: {arguments.output}", highlight=False)
+    if arguments.publish:
+        publish(record)
     width = max((len(row.name) for row in record.rows), default=0)
     for row in record.rows:
         console.print(row_line(row, width), soft_wrap=True)
@@ -96,8 +103,20 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output",
         type=Path,
-        default=RESULTS / "latest.json",
+        default=TESTS.parent / "build" / "benchmarks.json",
         help="file to write (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--publish",
+        action="store_true",
+        help="also replace the results that are committed, and what the documents show of them",
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: take what --output has written earlier",
     )
     return parser.parse_args()
 

@@ -188,10 +188,11 @@ def _running(job: Job, prefix: Sequence[str]) -> Iterator[_Worker]:
                 text=True,
                 start_new_session=True,  # Ctrl-C in the terminal is for us; its servers go with it.
             )
-        try:
-            yield _Worker(job, process, log)
-        finally:
-            _end(process)
+        with process:  # Closes the pipes.
+            try:
+                yield _Worker(job, process, log)
+            finally:
+                _end(process)
 
 
 def _end(process: subprocess.Popen[str]) -> None:

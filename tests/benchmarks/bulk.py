@@ -11,7 +11,7 @@ from benchmarks.conditions import Conditions
 from benchmarks.figures import Findings, Spread, at_least, at_most, row
 from benchmarks.training import Outcome
 
-PARAMETERS = 25_000_000  # A ResNet-50.
+PARAMETERS = 25_557_032  # "25 M": the ResNet-50 itself.
 SIZES = (1_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 SIZE_CROWDED = 50_000_000  # Above it the peers that hold many copies would not fit beside others.
 LINE_SIZES = (1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000)

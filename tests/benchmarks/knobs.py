@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from benchmarks.job import SkippedError
 from benchmarks.model import Tensors
 
 import optserve_client
-from optserve_client import ClientConfig, Session
+from optserve_client import ClientConfig, Lane, Session
 from optserve_server.config import Config
 
 NOT_BUILT = "not built yet"
@@ -22,23 +21,19 @@ def wire(gradients: str, parameters: str) -> Mapping[str, Any]:
         return {}
     if not hasattr(optserve_client, "Wire"):
         raise SkippedError(f"{NOT_BUILT}: reduced data types on the wire")
-    return {"wire": optserve_client.Wire(gradients=gradients, parameters=parameters)}
+    asked = {"gradients": gradients, "parameters": parameters}
+    encodings: dict[str, Any] = {key: each for key, each in asked.items() if each != "FP32"}
+    return {"wire": optserve_client.Wire(**encodings)}
 
 
-def client_config(lane: str) -> ClientConfig:
-    """Return the configuration of a client whose tensors take this lane: grpc, shm or auto."""
-    if "lane" in {field.name for field in dataclasses.fields(ClientConfig)}:
-        options: dict[str, Any] = {"lane": lane}
-        return ClientConfig(**options)
-    if lane == "shm":
-        raise SkippedError(f"{NOT_BUILT}: the shared memory lane")
-    return ClientConfig()
+def client_config(lane: Lane) -> ClientConfig:
+    """Return the configuration of a client whose tensors take this lane."""
+    return ClientConfig(lane=lane)
 
 
 def gradient_buffers(session: Session) -> Tensors:
     """Return the writable arrays of the shared region that a step takes without a copy."""
-    buffers: Tensors = session.gradient_buffers()  # type: ignore[attr-defined]
-    return buffers
+    return session.gradient_buffers()
 
 
 def server_flags(overlap: str) -> tuple[str, ...]:

@@ -12,8 +12,6 @@ from benchmarks.arena import Effort
 from benchmarks.circumstances import Circumstances
 from benchmarks.figures import Comparison, Row
 
-RESULTS = Path(__file__).parent / "results"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:

@@ -86,7 +86,8 @@ def sessions(conditions: Conditions) -> Findings:
 
 async def _measure(server: ServerProcess, conditions: Conditions) -> _Measured:
     model = model_of(PARAMETERS)
-    async with aio.connect(server.address, progress=False) as client:
+    config = knobs.client_config("grpc")
+    async with aio.connect(server.address, config=config, progress=False) as client:
         conditions.report(f"sessions: creating {SESSIONS}")
         alone = (await _created(client, model, 1))[0]
         first = await _created(client, model, _FIRST_SESSIONS)

@@ -17,12 +17,13 @@ from benchmarks.training import session_optimizer
 from server_process import ServerProcess, running_server
 
 import optserve_client as optserve
+from optserve_client import Lane
 
 
 @contextmanager
 def connect(job: Job) -> Iterator[OurPeer]:
     """Start a server, and create a session."""
-    lane = job.options.get("lane", "grpc")
+    lane: Lane = "shm" if job.options.get("lane") == "shm" else "grpc"
     config = knobs.client_config(lane)
     wire = knobs.wire(job.options.get("gradients", "FP32"), job.options.get("parameters", "FP32"))
     with (
@@ -50,7 +51,7 @@ def our_server(job: Job, *flags: str) -> Iterator[ServerProcess]:
 class OurPeer(BlockingPeer):
     """One session."""
 
-    def __init__(self, job: Job, session: optserve.Session, lane: str) -> None:
+    def __init__(self, job: Job, session: optserve.Session, lane: Lane) -> None:
         super().__init__(job)
         self._session = session
         self._gradients: Tensors = {}

@@ -1,4 +1,4 @@
-"""Ours, through the client's asyncio face. The options are those of ``ours``, without shm."""
+"""Ours, through the client's asyncio face, over gRPC. The options are those of the server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class AsyncioPeer:
 
     async def open(self, address: str) -> None:
         """Connect, and create the session."""
-        config = knobs.client_config(self._job.options.get("lane", "grpc"))
+        config = knobs.client_config("grpc")
         self._client = await aio.connect(address, config=config, progress=False)
         self._session = await self._client.create_session(
             self._job.model().initial(),
