@@ -318,10 +318,13 @@ class SessionActor:
 
     async def _forget(self) -> None:
         async with self.work.lock.exclusive():
+            # At once, and not when Python next looks for cycles: the memory is others' from now on.
             self._rounds.forget()
+            self.session.forget()
             for shared in self._shared.values():  # Nobody can attach any more; who has, keeps it.
                 shared.gradients.close()
                 shared.parameters.close()
+            self._shared.clear()
 
     def _position_of(self, tensor: TensorSpec, field: str) -> int:
         position = self._positions.get(tensor.name)

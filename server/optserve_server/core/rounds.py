@@ -145,6 +145,7 @@ class Rounds:
     def forget(self) -> None:
         """Let the gradients' memory go; there will be no more steps."""
         self._staging, self._staging_of_all = [], {}
+        self._round = Round(self._session.spec.workers, self._round.step)
 
     async def _join(self, contribution: Contribution) -> Round:
         """Add a contribution to the open round; start the step if it was the last one missing."""

@@ -278,6 +278,13 @@ class Session:
         self._epoch_steps += 1
         return outcome
 
+    def forget(self) -> None:
+        """Let the tensors' memory go; there will be no more steps, and nobody to read them."""
+        self._parameters, self._mirrors, self._region = [], [], None
+        self._optimizer.state.clear()
+        for group in self._optimizer.param_groups:
+            group["params"] = []
+
     def end_epoch(self, epoch: int) -> None:
         """End an epoch: advance the schedule if it counts epochs.
 
