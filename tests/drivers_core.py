@@ -17,12 +17,13 @@ from torch import Tensor
 
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.session_pb2 import Session, SessionSpec, SessionStatus, Split
-from optserve_server.core.actor import SessionActor, Surroundings
+from optserve_server.core.actor import SessionActor
 from optserve_server.core.device import Device
 from optserve_server.core.errors import OptserveError
 from optserve_server.core.events import NullObserver
 from optserve_server.core.limits import Limits
 from optserve_server.core.registry import SessionRegistry
+from optserve_server.core.surroundings import Surroundings
 from optserve_server.core.tensors import spec_of
 from optserve_server.rpc import change, decode, decode_spec, encode
 

@@ -44,6 +44,20 @@ def encoded_bytes(encoding: Encoding.ValueType, element_count: int) -> int:
     return units * size + (rest + SCALE_BYTES if rest else 0)
 
 
+def complete_elements(encoding: Encoding.ValueType, byte_count: int, element_count: int) -> int:
+    """Return how many of a tensor's elements its first bytes hold in full.
+
+    Args:
+        encoding: Any but ENCODING_UNSPECIFIED.
+        byte_count: How many bytes there are.
+        element_count: How many elements the tensor has.
+    """
+    elements, size = _UNITS[encoding]
+    if byte_count == encoded_bytes(encoding, element_count):
+        return element_count
+    return byte_count // size * elements
+
+
 class EncodingSource:
     """Elements that are encoded when they are sent: a wire.Source. Read once, from the front."""
 

@@ -69,6 +69,17 @@ class Target(Protocol):
         ...
 
 
+class Part(NamedTuple):
+    """Some consecutive bytes of a tensor, to be sent."""
+
+    tensor: int
+    """Position of the tensor, from 0, among those announced."""
+    offset: int
+    """Of the first byte within the tensor's bytes."""
+    source: Source
+    """The bytes of the part."""
+
+
 class Buffer:
     """Memory that holds a tensor's bytes exactly as they travel: a source, and a target."""
 
@@ -133,7 +144,7 @@ def byte_count(header: TensorHeader) -> int:
 
 
 def split(
-    sources: Iterable[Source], chunk_bytes_max: int = CHUNK_BYTES_MAX, *, first: int = 0
+    sources: Iterable[Source], chunk_bytes_max: int = CHUNK_BYTES_MAX
 ) -> Iterator[list[Chunk]]:
     """Yield the sources' bytes as the chunks of one message after the other.
 
@@ -143,15 +154,22 @@ def split(
         sources: One for each tensor, in the announced order. Read when its message is asked for,
             so it must not change before the iterator is exhausted.
         chunk_bytes_max: How many bytes of data a message may hold.
-        first: Position of the first of them.
     """
+    parts = (Part(tensor, 0, source) for tensor, source in enumerate(sources))
+    return split_parts(parts, chunk_bytes_max)
+
+
+def split_parts(
+    parts: Iterable[Part], chunk_bytes_max: int = CHUNK_BYTES_MAX
+) -> Iterator[list[Chunk]]:
+    """Yield the bytes of parts of tensors; see split()."""
     chunks: list[Chunk] = []
     room = chunk_bytes_max
-    for tensor, source in enumerate(sources, first):
+    for tensor, begin, source in parts:
         offset, end = 0, source.byte_count
         while offset < end:
             data = source.read(offset, room)
-            chunks.append(Chunk(tensor, offset, data))
+            chunks.append(Chunk(tensor, begin + offset, data))
             offset += len(data)
             room -= len(data)
             if room == 0 or offset < end:

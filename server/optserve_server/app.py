@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 
+from optserve.allocator import keep_freed_memory
 from optserve.reasons import reason_name
 from optserve.v1.error_pb2 import Reason
 from optserve_server import __version__
 from optserve_server.config import Config
-from optserve_server.core.actor import Surroundings
 from optserve_server.core.device import Device
 from optserve_server.core.optimizers import OPTIMIZERS
 from optserve_server.core.registry import SessionRegistry
+from optserve_server.core.surroundings import Overlap, Surroundings
 from optserve_server.rpc.interceptor import methods_of
 from optserve_server.rpc.server import SERVICE, Server
 from optserve_server.telemetry.endpoint import MetricsEndpoint
@@ -43,6 +44,7 @@ async def serve(config: Config) -> None:
     # torch's advice to whoever chose the reduction, who is a client and not in front of our log.
     warnings.filterwarnings("ignore", message="reduction: 'mean' divides", category=UserWarning)
     device = Device(config.device)
+    keep_freed_memory()
     metrics_registry, metrics = _metrics(config, device)
     with _executor(config) as executor:
         surroundings = Surroundings(
@@ -51,6 +53,7 @@ async def serve(config: Config) -> None:
             clock=time.time,
             observer=metrics,
             shared_memory=config.shared_memory,
+            overlap=Overlap(config.overlap),
         )
         registry = SessionRegistry(config.limits(device.memory_bytes()), surroundings)
         endpoint = MetricsEndpoint(

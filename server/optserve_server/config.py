@@ -77,6 +77,9 @@ class Config(BaseSettings):
     """How many cores torch uses for one operation; 0 leaves it to torch."""
     shared_memory: bool = True
     """Whether clients of the same user on this host may have tensors in memory that they share."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Whether to answer a step while its gradients still arrive, which a slow link needs and which
+    takes up to 48 MiB for each stream: on, off, or auto for clients that are not on this host."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least important messages that are logged."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from optserve_server.core.device import Device
 from optserve_server.core.errors import (
     EventOutOfOrderError,
     InvalidFieldError,
@@ -21,30 +18,17 @@ from optserve_server.core.errors import (
     WorkerBusyError,
     draining_error,
 )
-from optserve_server.core.events import LossEvaluated, Observer, SessionOpened, StepApplied
+from optserve_server.core.events import LossEvaluated, SessionOpened, StepApplied
 from optserve_server.core.losses import LossOutcome
+from optserve_server.core.preview import Piece, Preview
 from optserve_server.core.region import Region
 from optserve_server.core.round import Contribution
 from optserve_server.core.rounds import Rounds
 from optserve_server.core.session import Session, StepOutcome
 from optserve_server.core.spec import SessionSpec, Split
+from optserve_server.core.surroundings import Surroundings
 from optserve_server.core.tensors import TensorSpec, check_fits
 from optserve_server.core.work import Work, to_its_end
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """What a session does not own: where its work runs, what time it is, and who listens."""
-
-    device: Device
-    executor: Executor
-    clock: Callable[[], float]
-    """Seconds since the epoch: for what people read."""
-    observer: Observer
-    monotonic: Callable[[], float] = time.monotonic
-    """Seconds, from any beginning: for how long something takes."""
-    shared_memory: bool = True
-    """Whether tensors may lie in memory that clients on this host map."""
 
 
 @dataclass(slots=True)
@@ -229,6 +213,19 @@ class SessionActor:
         missing = set(absent)
         present = [each for each in range(len(self._positions)) if each not in missing]
         return self._rounds.begin(worker, step, present if missing else None)
+
+    async def preview(
+        self, preview: Preview, pieces: Sequence[tuple[Piece, Tensor]]
+    ) -> list[Tensor] | None:
+        """Compute pieces of a step ahead of it; None if the session has changed meanwhile.
+
+        See Preview.compute.
+        """
+        async with self.work.lock.shared():
+            self.check_open()
+            if preview.is_void:
+                return None
+            return await self.work.run(lambda: preview.compute(pieces))
 
     async def commit(self, contribution: Contribution) -> tuple[StepOutcome, bool]:
         """Contribute what was received, and wait for the step; see Rounds.commit."""

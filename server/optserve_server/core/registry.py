@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from optserve_server.core.actor import SessionActor, Surroundings
+from optserve_server.core.actor import SessionActor
 from optserve_server.core.admission import Budget, session_bytes
 from optserve_server.core.device import Device
 from optserve_server.core.errors import SessionNotFoundError, TooManyError, draining_error
@@ -18,6 +18,7 @@ from optserve_server.core.events import SessionOpened
 from optserve_server.core.limits import Limits
 from optserve_server.core.session import Session
 from optserve_server.core.spec import SessionSpec
+from optserve_server.core.surroundings import Surroundings
 from optserve_server.core.work import to_its_end
 
 _T = TypeVar("_T")

@@ -29,6 +29,7 @@ from optserve_server.core.history import LossHistory
 from optserve_server.core.limits import Limits
 from optserve_server.core.losses import LossFunction, LossOutcome
 from optserve_server.core.optimizers import OPTIMIZERS
+from optserve_server.core.preview import Preview
 from optserve_server.core.region import Region
 from optserve_server.core.schedulers import Schedule
 from optserve_server.core.spec import ScheduleUnit, SessionSpec
@@ -137,6 +138,8 @@ class Session:
         self.last_outcome: StepOutcome | None = None
         self._epoch_steps = 0  # Steps of the epoch that is going on.
         self.failed = False
+        self.version = 0
+        """One more after each step, and after whatever else has an effect on the next one."""
         self._region: Region | None = None
 
     @property
@@ -213,6 +216,7 @@ class Session:
             self._parameters[position].copy_(value)
             self._mirrors[position].copy_(value)
         self._unset -= values.keys()
+        self.version += 1
 
     def check_finite(self, gradients: Sequence[Tensor | None], norm: float) -> None:
         """Make sure that no gradient holds a NaN or an infinity, unless the session allows it.
@@ -267,6 +271,7 @@ class Session:
         outcome = StepOutcome(
             step=self.steps + 1, epochs=self.epochs, rates=self.rates, gradient_norm=norm
         )
+        self.version += 1
         try:
             self._apply(gradients)
             if advances:
@@ -277,6 +282,10 @@ class Session:
         self.last_outcome = outcome
         self._epoch_steps += 1
         return outcome
+
+    def preview(self) -> Preview:
+        """Return what computes the next step's parameters ahead of it."""
+        return Preview(self, self._parameters, self._optimizer, self._kind, self._device)
 
     def forget(self) -> None:
         """Let the tensors' memory go; there will be no more steps, and nobody to read them."""
@@ -314,6 +323,7 @@ class Session:
             self._schedule.advance()
         self.epochs = epoch
         self._epoch_steps = 0
+        self.version += 1
 
     def change(self, spec: SessionSpec, rates_set: Sequence[bool]) -> None:
         """Change what may change while the session runs.
@@ -338,6 +348,7 @@ class Session:
             elif rate_set:
                 torch_groups[position]["lr"] = rate
         self.spec = spec
+        self.version += 1
 
     def evaluate(self, predictions: Tensor, targets: Tensor, *, with_gradient: bool) -> LossOutcome:
         """Compute the loss; changes nothing. See LossFunction.evaluate.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optserve import wire
+from optserve import encodings, wire
 from optserve.encodings import DecodingTarget, EncodingSource, encoded_bytes
 from optserve.v1 import tensor_pb2
 from optserve_server.core.encodings import CODECS, encode_differences
@@ -29,6 +29,13 @@ def byte_count(spec: TensorSpec, encoding: Encoding) -> int:
     if encoding is Encoding.PLAIN:
         return spec.byte_count
     return encoded_bytes(ENCODINGS[encoding], spec.element_count)
+
+
+def complete_elements(spec: TensorSpec, encoding: Encoding, count: int) -> int:
+    """Return how many elements of a tensor its first ``count`` bytes hold in full."""
+    if encoding is Encoding.PLAIN:
+        return count // spec.dtype.itemsize
+    return encodings.complete_elements(ENCODINGS[encoding], count, spec.element_count)
 
 
 class GradientTargets:
@@ -60,6 +67,7 @@ class ParameterSources:
         self._views = Views()
         self._reference: list[Tensor] = []
         self._holds = False  # Whether the worker has what the reference says.
+        self._differs = False  # Whether the answer that was begun last holds differences.
         self._finite = True
         self.encoding = tensor_pb2.ENCODING_UNSPECIFIED
         """Of the answer that was begun last."""
@@ -70,27 +78,51 @@ class ParameterSources:
         Args:
             parameters: Contiguous, on the CPU; held still by the caller.
         """
+        self.begin(parameters)
+        return self.whole(parameters)
+
+    def whole(self, parameters: Sequence[Tensor]) -> Sequence[wire.Source]:
+        """Return the sources of the answer that was begun; see of()."""
+        if self._wanted is Encoding.PLAIN:
+            return self._views.of(parameters)
+        return [self._source(i, 0, each.view(-1)) for i, each in enumerate(parameters)]
+
+    def begin(self, parameters: Sequence[Tensor]) -> None:
+        """Begin an answer whose parts come one by one."""
+        self.encoding = ENCODINGS[self._wanted]
+        if self._wanted is Encoding.INT8_BLOCKS:
+            self._differs, self._holds, self._finite = self._holds, False, True
+            self.encoding = ENCODINGS[Encoding.INT8_BLOCKS if self._differs else Encoding.PLAIN]
+            if not self._reference:
+                self._reference = [torch.empty_like(each) for each in parameters]
+
+    def part(self, position: int, first: int, values: Tensor) -> wire.Part:
+        """Return some elements of a parameter as a part of the answer that was begun.
+
+        Args:
+            position: Of the parameter.
+            first: Number of the first element; where blocks of an encoding begin.
+            values: Flat, on the CPU. The parts of a parameter come, and are read, in order.
+        """
+        plain = self.encoding == tensor_pb2.ENCODING_UNSPECIFIED
+        offset = first * values.itemsize if plain else encoded_bytes(self.encoding, first)
+        return wire.Part(position, offset, self._source(position, first, values))
+
+    def _source(self, position: int, first: int, values: Tensor) -> wire.Source:
+        if self._wanted is Encoding.PLAIN:
+            return wire.Buffer(byte_view(values))
         if self._wanted is not Encoding.INT8_BLOCKS:
-            self.encoding = ENCODINGS[self._wanted]
-            if self._wanted is Encoding.PLAIN:
-                return self._views.of(parameters)
-            return [encoding_source(self._wanted, each) for each in parameters]
-        differ, self._holds, self._finite = self._holds, False, True
-        self.encoding = ENCODINGS[Encoding.INT8_BLOCKS if differ else Encoding.PLAIN]
-        if not self._reference:
-            self._reference = [torch.empty_like(each) for each in parameters]
-        source = self._difference_source if differ else _KeptSource
-        return [source(*each) for each in zip(parameters, self._reference, strict=True)]
+            return encoding_source(self._wanted, values)
+        reference = self._reference[position].view(-1)[first : first + values.numel()]
+        return (self._difference_source if self._differs else _KeptSource)(values, reference)
 
     def delivered(self) -> None:
         """Note that the answer has been written to its end, so that the next one builds on it."""
         self._holds = self._finite
 
-    def _difference_source(self, parameter: Tensor, reference: Tensor) -> EncodingSource:
-        values, sent = parameter.view(-1), reference.view(-1)
-
+    def _difference_source(self, values: Tensor, reference: Tensor) -> EncodingSource:
         def encode(first: int, last: int, data: memoryview) -> None:
-            finite = encode_differences(values[first:last], sent[first:last], _bytes(data))
+            finite = encode_differences(values[first:last], reference[first:last], _bytes(data))
             self._finite = self._finite and finite
 
         return EncodingSource(tensor_pb2.ENCODING_INT8_BLOCKS, values.numel(), encode)

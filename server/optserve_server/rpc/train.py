@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import grpc
+from torch import Tensor
 
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.wire import Chunk, whole
@@ -16,6 +18,7 @@ from optserve_server.core.errors import (
     EventOutOfOrderError,
     InvalidFieldError,
     LimitExceededError,
+    MemoryExhaustedError,
     OptserveError,
     SessionDeletedError,
     StalledError,
@@ -23,7 +26,9 @@ from optserve_server.core.errors import (
 from optserve_server.core.events import Direction, Phase
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.round import Contribution
+from optserve_server.core.surroundings import Overlap
 from optserve_server.rpc import decode, encode, encoded, shared_memory, status, transfer
+from optserve_server.rpc.ahead import MEMORY_BYTES, Ahead
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Event = pb.TrainRequest | list[Chunk]
@@ -31,6 +36,9 @@ _Requests = AsyncIterator[_Event]
 
 # Every other refusal is of one step.
 _ENDS_STREAM = (DrainingError, EventOutOfOrderError, SessionDeletedError, StalledError)
+
+# Smaller steps are over before it pays to answer them ahead of their results.
+_AHEAD_FROM_BYTES = 2 << 20
 
 
 async def train(requests: _Requests, context: _Context, registry: SessionRegistry) -> None:
@@ -51,7 +59,31 @@ async def train(requests: _Requests, context: _Context, registry: SessionRegistr
         opened = pb.TrainOpened(status=encode.session_status(actor), shared_memory=offer)
         await context.write(pb.TrainResponse(opened=opened))
         stream = _WorkerStream(requests, context, actor, first.open.worker, registry)
-        await stream.run(attachment)
+        with _room_ahead(registry, actor, context.peer()) as overlaps:
+            await stream.run(attachment, overlaps=overlaps)
+
+
+@contextmanager
+def _room_ahead(registry: SessionRegistry, actor: SessionActor, peer: str) -> Iterator[bool]:
+    """Reserve what it takes to answer steps ahead of their results.
+
+    Yields whether that is to be done, and there is room for it.
+    """
+    overlap, spec = registry.surroundings.overlap, actor.spec
+    wanted = overlap is Overlap.ON or (overlap is Overlap.AUTO and not shared_memory.is_local(peer))
+    size = sum(parameter.byte_count for parameter in spec.parameters)
+    if not wanted or spec.workers > 1 or size <= _AHEAD_FROM_BYTES:
+        yield False
+        return
+    with ExitStack() as reserved:
+        try:
+            reserved.enter_context(
+                registry.budget.reserved(MEMORY_BYTES, what="overlap", field="open")
+            )
+        except MemoryExhaustedError:
+            yield False
+        else:
+            yield True
 
 
 class _WorkerStream:
@@ -76,22 +108,33 @@ class _WorkerStream:
         self._targets = encoded.GradientTargets(actor.spec.wire.gradients)
         self._sources = encoded.ParameterSources(actor.spec.wire.parameters)
         self._step: _OpenStep | None = None
+        self._ahead: Ahead | None = None
+        self._overlaps = False
         self._number = 0
         self._refused = False
 
-    async def run(self, attachment: Attachment) -> None:
+    async def run(self, attachment: Attachment, *, overlaps: bool) -> None:
         """Serve until the client half-closes.
+
+        Args:
+            attachment: To the session.
+            overlaps: Whether to answer steps while their gradients still arrive.
 
         Raises:
             OptserveError: The stream cannot go on.
         """
-        while (event := await self._next(attachment)) is not None:
-            try:
-                await self._take(event)
-            except _ENDS_STREAM:
-                raise
-            except OptserveError as error:
-                await self._refuse(error)
+        self._overlaps = overlaps
+        try:
+            while (event := await self._next(attachment)) is not None:
+                try:
+                    await self._take(event)
+                except _ENDS_STREAM:
+                    raise
+                except OptserveError as error:
+                    await self._refuse(error)
+        finally:
+            if self._ahead:
+                self._ahead.cancel()
 
     async def _next(self, attachment: Attachment) -> _Event | None:
         """Return the next event; None at the half-close.
@@ -110,6 +153,8 @@ class _WorkerStream:
         if isinstance(event, list):
             if self._step:
                 self._step.add(event)
+                if self._ahead:
+                    self._tell_ahead(self._ahead, self._step, event)
             elif not self._refused:
                 raise self._out_of_order("chunks")
             return
@@ -119,7 +164,7 @@ class _WorkerStream:
             case "shared":
                 await self._take_shared(event.shared)
             case "begin":
-                self._begin(event.begin)
+                await self._begin(event.begin)
             case "end" if self._step:
                 await self._end(self._step)
             case "end" if self._refused:
@@ -127,8 +172,8 @@ class _WorkerStream:
             case other:
                 raise self._out_of_order(other)
 
-    def _begin(self, begin: pb.StepBegin) -> None:
-        self._forget_step(begin.step)
+    async def _begin(self, begin: pb.StepBegin) -> None:
+        await self._forget_step(begin.step)
         announced = None
         if not begin.every_parameter:
             announced = decode.tensor_specs(begin.gradients, self._limits, "gradients")
@@ -145,33 +190,58 @@ class _WorkerStream:
             targets = self._targets.of(contribution.targets)
             receiver = transfer.Receiver(targets, "gradients[{}]".format, self._limits)
         self._step = _OpenStep(contribution, receiver, announces=not begin.every_parameter)
+        if self._overlaps and receiver and begin.every_parameter:
+            await self._begin_answer(begin.step, self._actor.session.parameters, announces=False)
+            write = self._context.write
+            gradients = contribution.targets
+            self._ahead = Ahead(self._actor, gradients, self._sources, write, self._limits)
+
+    def _tell_ahead(self, ahead: Ahead, step: _OpenStep, chunks: list[Chunk]) -> None:
+        """Say which gradients have grown."""
+        specs, encoding = self._actor.spec.parameters, self._actor.spec.wire.gradients
+        for position in {chunk.tensor for chunk in chunks}:
+            count = step.received(position)
+            ahead.received(position, encoded.complete_elements(specs[position], encoding, count))
 
     async def _end(self, step: _OpenStep) -> None:
         step.finish()
         self._step = None
         self._observer.phase_ended(Phase.RECEIVE, time.perf_counter() - step.started_s)
         self._observer.bytes_moved(Direction.RECEIVED, step.byte_count)
+        if self._ahead:
+            await self._ahead.finish()
         outcome, replayed = await self._actor.commit(step.contribution)
         started_s = time.perf_counter()
         async with self._actor.reading() as parameters:
-            sources = self._sources.of(parameters)
-            begin = pb.ParametersBegin(
-                step=outcome.step,
-                parameters=self._headers if step.announces else (),
-                encoding=self._sources.encoding,
-            )
-            await self._write(pb.TrainResponse(begin=begin))
-            count = await transfer.send(sources, self._context.write, self._limits)
+            if self._ahead and self._ahead.holds:
+                await self._ahead.rest(parameters)
+                count = self._ahead.byte_count
+            else:
+                await self._stop_ahead()
+                await self._begin_answer(outcome.step, parameters, announces=step.announces)
+                sources = self._sources.whole(parameters)
+                count = await transfer.send(sources, self._context.write, self._limits)
             result = encode.step_result(outcome, replayed=replayed)
             await self._write(pb.TrainResponse(result=result))
             self._sources.delivered()
+            self._ahead = None
         self._observer.phase_ended(Phase.SEND, time.perf_counter() - started_s)
         self._observer.bytes_moved(Direction.SENT, count)
+
+    async def _begin_answer(
+        self, number: int, parameters: Sequence[Tensor], *, announces: bool
+    ) -> None:
+        """Say which parameters follow."""
+        self._sources.begin(parameters)
+        headers = self._headers if announces else ()
+        encoding = self._sources.encoding
+        begin = pb.ParametersBegin(step=number, parameters=headers, encoding=encoding)
+        await self._write(pb.TrainResponse(begin=begin))
 
     async def _take_packed(self, packed: pb.PackedStep) -> None:
         """Take a step in one event, and answer it in one."""
         started_s = time.perf_counter()
-        self._forget_step(packed.step)
+        await self._forget_step(packed.step)
         count = self._check_packed(packed)
         contribution = self._actor.begin(self._worker, packed.step, None)
         if contribution.settled is None:
@@ -222,23 +292,31 @@ class _WorkerStream:
 
     async def _take_shared(self, shared: pb.SharedStep) -> None:
         """Take a step whose gradients are here already, and whose parameters need not travel."""
-        self._forget_step(shared.step)
+        await self._forget_step(shared.step)
         absent = decode.positions(shared.absent, len(self._headers), "absent")
         contribution = self._actor.begin_shared(self._worker, shared.step, absent)
         outcome, replayed = await self._actor.commit(contribution)
         result = encode.step_result(outcome, replayed=replayed)
         await self._write(pb.TrainResponse(result=result))
 
-    def _forget_step(self, number: int) -> None:
+    async def _forget_step(self, number: int) -> None:
         """Begin afresh with another step: one that was begun and not ended is given up."""
         self._step, self._number, self._refused = None, number, False
+        await self._stop_ahead()
         self._registry.check_accepting()
+
+    async def _stop_ahead(self) -> None:
+        """Send no more of an answer that has become void."""
+        ahead, self._ahead = self._ahead, None
+        if ahead:
+            await ahead.stop()
 
     async def _write(self, response: pb.TrainResponse) -> None:
         await transfer.in_time(self._context.write(response), self._limits)
 
     async def _refuse(self, error: OptserveError) -> None:
         self._step, self._refused = None, True
+        await self._stop_ahead()
         self._observer.refused(status.reason_of(error))
         refused = pb.StepRefused(step=self._number, refusal=status.refusal(error))
         await self._write(pb.TrainResponse(refused=refused))
@@ -276,6 +354,10 @@ class _OpenStep:
         """Take chunks; see Receiver.add."""
         if self._receiver:
             self.byte_count += self._receiver.add(chunks)
+
+    def received(self, position: int) -> int:
+        """Return how many bytes of an announced gradient have come."""
+        return self._receiver.received(position) if self._receiver else 0
 
     def finish(self) -> None:
         """Check that the gradients are complete; see Receiver.finish."""

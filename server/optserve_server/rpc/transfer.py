@@ -90,6 +90,10 @@ class Receiver:
             )
         return count
 
+    def received(self, tensor: int) -> int:
+        """Return how many bytes of a tensor have come."""
+        return self._assembly.received[tensor]
+
     def finish(self) -> None:
         """Check that every tensor is complete.
 
@@ -160,10 +164,15 @@ async def in_time(transfer: Awaitable[_T], limits: Limits) -> _T:
         async with asyncio.timeout(limits.stall_timeout_s):
             return await transfer
     except TimeoutError:
-        raise StalledError(
-            f"the client neither sent nor read for {limits.stall_timeout_s:g} s",
-            expected=f"a message within {limits.stall_timeout_s:g} s",
-        ) from None
+        raise stalled(limits) from None
+
+
+def stalled(limits: Limits) -> StalledError:
+    """Return what says that the client is too slow."""
+    return StalledError(
+        f"the client neither sent nor read for {limits.stall_timeout_s:g} s",
+        expected=f"a message within {limits.stall_timeout_s:g} s",
+    )
 
 
 async def send(

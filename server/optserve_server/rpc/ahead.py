@@ -1,0 +1,205 @@
+"""The answer to a step, sent while the step's gradients still arrive.
+
+So both directions of a link are in use at once. What is sent is a preview: the parameters count
+only once the step's result has come, and the session does not know of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+from torch import Tensor
+
+from optserve import wire
+from optserve_server.core.actor import SessionActor
+from optserve_server.core.limits import Limits
+from optserve_server.core.preview import Piece
+from optserve_server.rpc import transfer
+from optserve_server.rpc.encoded import ParameterSources
+
+# 2 MiB of FP32: the way to a thread and back is worth less than the shortest of them.
+_BATCH_ELEMENTS = 1 << 19
+# What may wait to be sent: 16 MiB of FP64. The rest is sent after the step.
+_WAITING_ELEMENTS_MAX = 1 << 21
+
+MEMORY_BYTES = 48 << 20
+"""What it takes at most.
+
+What waits, and a batch of FP64 with its gradients, its state and torch's temporaries: 7 of each.
+"""
+
+_Batch = list[tuple[Piece, Tensor]]  # With the values of its elements.
+
+
+class Ahead:
+    """Computes and sends the parameters of one open step. Everything happens on the event loop.
+
+    Made at the step's begin; received() is called as gradients arrive, finish() after the last one,
+    rest() once the step has been applied, or stop() if it has not.
+    """
+
+    def __init__(
+        self,
+        actor: SessionActor,
+        gradients: Sequence[Tensor],
+        sources: ParameterSources,
+        write: Callable[[list[wire.Chunk]], Awaitable[None]],
+        limits: Limits,
+    ) -> None:
+        """Answer a step of a session's only worker.
+
+        Args:
+            actor: Serves the session.
+            gradients: Of all parameters, in their order; being filled.
+            sources: Which have begun the answer.
+            write: Sends the chunks of one message.
+            limits: For the size of the chunks, and the time that one may take.
+        """
+        self._actor = actor
+        self._preview = actor.session.preview()
+        self._gradients = gradients
+        self._sources = sources
+        self._write = write
+        self._limits = limits
+        self._coming = [list(reversed(pieces or ())) for pieces in self._preview.pieces]
+        self._ready: list[Piece] = []  # Their gradients are there.
+        self._waiting: asyncio.Queue[_Batch | None] = asyncio.Queue()
+        self._waiting_elements = 0
+        self._computed = [0] * len(gradients)  # How many elements of each parameter.
+        self._changed = asyncio.Event()
+        self._complete = False  # No more gradients will come.
+        self._stopped = False
+        self.byte_count = 0
+        """How many bytes have been sent."""
+        self._computing = asyncio.create_task(self._compute())
+        self._sending = asyncio.create_task(self._send())
+
+    def received(self, position: int, element_count: int) -> None:
+        """Note how many elements of a gradient are there."""
+        coming = self._coming[position]
+        while coming and coming[-1].last <= element_count:
+            self._ready.append(coming.pop())
+            self._changed.set()
+
+    async def finish(self) -> None:
+        """Compute what is left, now that all gradients are there, as far as there is room."""
+        self._complete = True
+        self._changed.set()
+        await self._computing
+
+    @property
+    def holds(self) -> bool:
+        """Whether the step, which has been applied, has done what was sent ahead of it."""
+        return self._preview.came_true
+
+    async def rest(self, parameters: Sequence[Tensor]) -> None:
+        """Send what has not been sent.
+
+        Args:
+            parameters: After the step; held still by the caller.
+
+        Raises:
+            StalledError: The client does not read.
+        """
+        await self._sent()
+        parts = (
+            self._sources.part(position, computed, parameters[position].view(-1)[computed:])
+            for position, computed in enumerate(self._computed)
+            if computed < parameters[position].numel()
+        )
+        for chunks in wire.split_parts(parts, self._limits.chunk_bytes_max):
+            await transfer.in_time(self._write_counted(chunks), self._limits)
+
+    async def stop(self) -> None:
+        """Send no more: what was sent is void.
+
+        Raises:
+            StalledError: The client does not read.
+        """
+        self._stopped = True
+        self._changed.set()
+        await self._computing
+        await self._sent()
+
+    def cancel(self) -> None:
+        """Give up at once: the stream has ended."""
+        for task in (self._computing, self._sending):
+            task.cancel()
+            task.add_done_callback(_retrieve)
+
+    async def _compute(self) -> None:
+        try:
+            while not self._stopped:
+                if pieces := self._take():
+                    gradients = [self._gradients[piece.position] for piece in pieces]
+                    batch = list(zip(pieces, gradients, strict=True))
+                    values = await self._actor.preview(self._preview, batch)
+                    if values is None:
+                        return
+                    self._pass_on(pieces, values)
+                elif self._complete:
+                    return
+                else:
+                    self._changed.clear()
+                    await self._changed.wait()
+        finally:
+            self._waiting.put_nowait(None)
+
+    def _take(self) -> list[Piece]:
+        """Return what is worth to be computed now."""
+        if self._waiting_elements >= _WAITING_ELEMENTS_MAX:
+            return []
+        pieces, elements = [], 0
+        for piece in self._ready:
+            if elements >= _BATCH_ELEMENTS:
+                break
+            pieces.append(piece)
+            elements += piece.last - piece.first
+        if elements < _BATCH_ELEMENTS and not self._complete:
+            return []
+        del self._ready[: len(pieces)]
+        return pieces
+
+    def _pass_on(self, pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
+        for piece in pieces:
+            self._computed[piece.position] = piece.last
+            self._waiting_elements += piece.last - piece.first
+        self._waiting.put_nowait(list(zip(pieces, values, strict=True)))
+
+    async def _send(self) -> None:
+        while (batch := await self._waiting.get()) is not None:
+            for chunks in wire.split_parts(self._parts(batch), self._limits.chunk_bytes_max):
+                if self._stopped:
+                    return
+                # For as long as gradients come, the client may have its reasons not to read.
+                await self._write_counted(chunks)
+            self._waiting_elements -= sum(piece.last - piece.first for piece, _ in batch)
+            self._changed.set()
+
+    def _parts(self, batch: _Batch) -> Iterator[wire.Part]:
+        for piece, values in batch:
+            yield self._sources.part(piece.position, piece.first, values)
+
+    async def _write_counted(self, chunks: list[wire.Chunk]) -> None:
+        await self._write(chunks)
+        self.byte_count += sum(len(chunk.data) for chunk in chunks)
+
+    async def _sent(self) -> None:
+        """Wait until what was computed is sent, for as long as it goes on.
+
+        Raises:
+            StalledError: The client does not read.
+        """
+        while not self._sending.done():
+            before = self.byte_count
+            await asyncio.wait([self._sending], timeout=self._limits.stall_timeout_s)
+            if not self._sending.done() and self.byte_count == before:
+                raise transfer.stalled(self._limits)
+        self._sending.result()
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Look at what came of a task, so that asyncio does not complain."""
+    if not task.cancelled():
+        task.exception()
