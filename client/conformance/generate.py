@@ -20,10 +20,11 @@ from author_catalogue import CATALOGUE
 from author_refusals import REFUSALS
 from author_sessions import SESSIONS
 from author_tensors import TENSORS
+from author_wire import WIRE
 from reference import ANSWERS, Session
 from tensors import Json
 
-SCENARIOS = (*CATALOGUE, *SESSIONS, *TENSORS, *REFUSALS)
+SCENARIOS = (*CATALOGUE, *SESSIONS, *TENSORS, *WIRE, *REFUSALS)
 FOLDER = Path(__file__).parent / "scenarios"
 _LINE_CHARS_MAX = 110
 

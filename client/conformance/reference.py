@@ -13,6 +13,7 @@ import torch
 from google.protobuf.descriptor import Descriptor
 from tensors import Json, to_json, to_torch
 from torch import Tensor
+from wire import Wire
 
 from optserve.v1 import loss_pb2, optimizer_pb2, scheduler_pb2
 
@@ -94,6 +95,7 @@ class Session:
             **self._base,
         )
         self._scheduler = self._build_scheduler(spec.get("scheduler"))
+        self._wire = Wire(spec.get("wire", {}))
         self._loss: Json = spec.get("loss", {})
         self._points: list[Json] = []
         self._sequence = itertools.count(1)
@@ -137,6 +139,11 @@ class Session:
         """Say where the session stands."""
         return self.status
 
+    def join(self, act: Json) -> Json:
+        """Open a worker's stream."""
+        self._wire.open(act.get("worker", 0))
+        return self.status
+
     def describe(self, _: Json) -> Json:
         """Say where the session stands, and what is in force."""
         return {"status": self.status} | ({"spec": self.effective_spec} if self._shows_spec else {})
@@ -167,18 +174,26 @@ class Session:
             self._scheduler.step()
         self._steps += 1
         self._last = {"step": self._steps, "epochs": self._epochs, "rates": rates}
-        self._last |= {"replayed": False, "parameters": self._written(list(self._parameters))}
+        contributions = act.get("contributions", [act])
+        seen = [
+            self._wire.parameters(
+                each.get("worker", 0), each.get("via", "stream"), self._parameters
+            )
+            for each in contributions
+        ]
+        written = [to_json(value, name) for name, value in seen[0].items()]
+        self._last |= {"replayed": False, "parameters": written}
         return self._last
 
     def step_alone(self, act: Json) -> Json:
         """Take a step as the only worker."""
-        self._set_gradients([act["gradients"]])
+        self._set_gradients([act])
         return self.step(act)
 
     def step_together(self, act: Json) -> Json:
         """Take a step with the mean of the workers' gradients."""
         contributions = sorted(act["contributions"], key=lambda each: each["worker"])
-        self._set_gradients([each["gradients"] for each in contributions])
+        self._set_gradients(contributions)
         return self.step(act)
 
     def end_epoch(self, act: Json) -> Json:
@@ -239,8 +254,16 @@ class Session:
         self.spec |= {k: v for k, v in change.items() if k in ("display_name", "non_finite")}
         return self.describe(act)
 
-    def _set_gradients(self, contributions: list[list[Json]]) -> None:
-        brought = [{t["name"]: to_torch(t) for t in gradients} for gradients in contributions]
+    def _set_gradients(self, contributions: list[Json]) -> None:
+        brought = [
+            {
+                tensor["name"]: self._wire.gradient(
+                    each.get("worker", 0), tensor["name"], to_torch(tensor)
+                )
+                for tensor in each["gradients"]
+            }
+            for each in contributions
+        ]
         for name, parameter in self._parameters.items():
             shares = [share[name] for share in brought if name in share]
             parameter.grad = sum(shares[1:], shares[0]) / len(brought) if shares else None
@@ -292,7 +315,7 @@ ANSWERS: Mapping[str, Callable[[Session, Json], Json]] = {
     "delete_session": Session.where,
     "upload_parameters": Session.upload,
     "download_parameters": Session.download,
-    "join": Session.where,
+    "join": Session.join,
     "leave": Session.leave,
     "step": Session.step_alone,
     "round": Session.step_together,

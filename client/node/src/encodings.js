@@ -5,7 +5,7 @@
  * arrives.
  */
 
-/** @typedef {'BF16' | 'FP16' | 'INT8_BLOCKS'} Encoding */
+/** @typedef {import('./types.js').Encoding} Encoding */
 /** @typedef {any} Floats A Float32Array. Its elements are there, which the type checker cannot know. */
 /** @typedef {any} Bits A Uint32Array. */
 
@@ -150,38 +150,6 @@ export class DecodingTarget {
   }
 }
 
-/**
- * What INT8 gradients of one worker have lost so far, and what is added to the next ones: error feedback.
- */
-export class Residuals {
-  /** @type {Map<string, Float32Array>} */ #kept = new Map();
-  /** @type {Map<string, Float32Array>} What is kept instead once the step has been answered. */ #next =
-    new Map();
-  #sum = new Float32Array(PIECE_ELEMENTS);
-
-  /** @param {string} name @param {Float32Array} gradient @returns {EncodingSource} The same bytes until `advance`. */
-  source(name, gradient) {
-    const kept = this.#kept.get(name);
-    const next = new Float32Array(gradient.length);
-    this.#next.set(name, next);
-    return new EncodingSource('INT8_BLOCKS', gradient.length, (first, last, data) => {
-      const sum = this.#sum.subarray(0, last - first);
-      sum.set(gradient.subarray(first, last));
-      if (kept) add(sum, kept.subarray(first, last));
-      encodeInt8Blocks(sum, data);
-      const lost = next.subarray(first, last);
-      decodeInt8Blocks(data, lost);
-      takeFrom(sum, lost);
-    });
-  }
-
-  /** Keep what the step lost, now that it has been answered. */
-  advance() {
-    for (const [name, residual] of this.#next) this.#kept.set(name, residual);
-    this.#next.clear();
-  }
-}
-
 /** @param {Encoding} encoding @param {Float32Array} values @returns {EncodingSource} */
 export function encodingSource(encoding, values) {
   const { encode } = CODECS[encoding];
@@ -320,16 +288,8 @@ function decodeInt8Blocks(data, values) {
 }
 
 /** Add to each element of `sums`. @param {Floats} sums @param {Floats} values */
-function add(sums, values) {
+export function add(sums, values) {
   for (let i = 0; i < sums.length; i += 1) sums[i] += values[i];
-}
-
-/** @param {Floats} sums @param {Floats} sent Becomes what is lost of `sums`: nothing in a block of NaNs. */
-function takeFrom(sums, sent) {
-  for (let i = 0; i < sums.length; i += 1) {
-    const lost = sums[i] - sent[i];
-    sent[i] = Number.isNaN(lost) ? 0 : lost;
-  }
 }
 
 /** @param {Float32Array} values @returns {Bits} */

@@ -19,6 +19,7 @@ export { Worker } from './worker.js';
 /** @typedef {import('./types.js').ClientOptions} ClientOptions */
 /** @typedef {import('./types.js').DataType} DataType */
 /** @typedef {import('./types.js').Elements} Elements */
+/** @typedef {import('./types.js').Encoding} Encoding */
 /** @typedef {import('./types.js').LossInput} LossInput */
 /** @typedef {import('./types.js').LossOutcome} LossOutcome */
 /** @typedef {import('./types.js').LossPoint} LossPoint */

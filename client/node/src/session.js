@@ -1,13 +1,13 @@
 /** A session on the server: one model being trained. */
 import { decode, encode } from './contract.js';
-import { Assembly, MESSAGE_DATA_BYTES_MAX, split } from './framing.js';
+import { decodedFromMessage, encodingOf } from './encoded.js';
+import { Assembly, Memory, MESSAGE_DATA_BYTES_MAX, split, whole } from './framing.js';
 import {
   arrived,
   emptyTensor,
   headerFromMessage,
   headerToMessage,
   memoryOf,
-  tensorFromMessage,
   tensorOf,
   tensorToMessage,
   wireBytes,
@@ -133,15 +133,24 @@ export class Session {
    * @returns {Promise<StepResult>}
    */
   async stepUnary(gradients, { step = this.#view.nextStep, worker = 0 } = {}) {
-    const tensors = [...this.#view.tensorsOf(gradients, 'gradients')].map(([name, tensor]) =>
-      tensorToMessage(tensor, name),
-    );
-    const request = { sessionId: this.id, worker, step, gradients: tensors };
-    const { result, parameters } = await this.#calls.persevere(() =>
+    const tensors = this.#view.tensorsOf(gradients, 'gradients');
+    const sources = this.#view.gradientsOf(worker);
+    const data = sources.of(step, tensors).map(whole);
+    const sent = [...tensors].map(([name, tensor], i) => ({
+      header: headerToMessage(tensor, name),
+      data: data[i],
+    }));
+    const request = { sessionId: this.id, worker, step, gradients: sent };
+    const answer = await this.#calls.persevere(() =>
       this.#calls.unary('step', request, this.#calls.timeoutS + this.#view.roundTimeoutS),
     );
-    const named = parameters.map((/** @type {any} */ t) => [t.header.name, tensorFromMessage(t)]);
-    return this.#view.noteStep(stepResultOf(result, named));
+    sources.answered(step);
+    const encoding = encodingOf(answer.encoding);
+    const named = answer.parameters.map((/** @type {any} */ t) => [
+      t.header.name,
+      decodedFromMessage(t, encoding),
+    ]);
+    return this.#view.noteStep(stepResultOf(answer.result, named));
   }
 
   /**
@@ -261,7 +270,7 @@ export class Session {
           h.name,
           emptyTensor(headerFromMessage(h)),
         ]);
-        assembly = new Assembly(tensors.map(([, tensor]) => memoryOf(tensor.data)));
+        assembly = new Assembly(tensors.map(([, tensor]) => new Memory(memoryOf(tensor.data))));
       },
       request,
     );
@@ -286,5 +295,6 @@ export class Session {
 /** @param {any} begin @param {Iterable<Tensor>} tensors @returns {Generator<any, void, void>} */
 function* eventsOf(begin, tensors) {
   yield begin;
-  for (const chunks of split([...tensors].map(wireBytes))) yield { chunks };
+  for (const chunks of split([...tensors].map((tensor) => new Memory(wireBytes(tensor)))))
+    yield { chunks };
 }

@@ -4,6 +4,7 @@
 import type { ChannelCredentials, ChannelOptions } from '@grpc/grpc-js';
 import type { Timestamp__Output } from '../generated/google/protobuf/Timestamp.js';
 import type { DataType__Output } from '../generated/optserve/v1/DataType.js';
+import type { Encoding__Output } from '../generated/optserve/v1/Encoding.js';
 import type { GetCatalogueResponse__Output } from '../generated/optserve/v1/GetCatalogueResponse.js';
 import type { GetServerInfoResponse__Output } from '../generated/optserve/v1/GetServerInfoResponse.js';
 import type { LossPoint__Output } from '../generated/optserve/v1/LossPoint.js';
@@ -16,6 +17,7 @@ import type { UpdateSessionRequest__Output } from '../generated/optserve/v1/Upda
 
 type Prefix =
   | 'DATA_TYPE_'
+  | 'ENCODING_'
   | 'NON_FINITE_POLICY_'
   | 'REASON_'
   | 'REDUCTION_'
@@ -51,6 +53,9 @@ export type Taken<T> = T extends Tensor
 
 /** Element type of a tensor: `"FP32"`. */
 export type DataType = Given<DataType__Output>;
+
+/** What stands for FP32 elements on the wire, where fewer bytes are wanted: `"BF16"`. */
+export type Encoding = Given<Encoding__Output>;
 
 /** Why something was refused: `"SHAPE_MISMATCH"`. */
 export type Reason = Given<Reason__Output>;

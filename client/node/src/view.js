@@ -1,5 +1,6 @@
 /** What a client knows of its session: what is in force, and where the session stood when it last answered. */
 import { decode } from './contract.js';
+import { GradientSources } from './encoded.js';
 import { RequestError } from './errors.js';
 import { emptyTensor, headerFromMessage, tensorOf } from './tensor.js';
 
@@ -13,6 +14,7 @@ import { emptyTensor, headerFromMessage, tensorOf } from './tensor.js';
 /** Shared by a session and its workers. */
 export class SessionView {
   /** @type {Map<string, TensorHeader>} */ #headers = new Map();
+  /** @type {Map<number, GradientSources>} By worker. */ #gradients = new Map();
 
   /** @param {any} message A Session. */
   constructor(message) {
@@ -38,6 +40,13 @@ export class SessionView {
   get roundTimeoutS() {
     const { workers, limits } = this.spec;
     return workers > 1 ? (limits?.roundTimeoutS ?? 0) : 0;
+  }
+
+  /** Where a worker's gradients come from. @param {number} worker @returns {GradientSources} */
+  gradientsOf(worker) {
+    const gradients = this.#gradients.get(worker) ?? new GradientSources(this.spec.wire?.gradients);
+    this.#gradients.set(worker, gradients);
+    return gradients;
   }
 
   /** Take a session as it answered. @param {any} message A Session. */

@@ -1,19 +1,15 @@
 /** One worker's steps over its long-lived Train stream. */
+import { encodingOf, ParameterTargets } from './encoded.js';
 import { ClosedError, errorFromRefusal, UnavailableError } from './errors.js';
 import { Assembly, split } from './framing.js';
-import {
-  arrived,
-  emptyTensor,
-  headerFromMessage,
-  headerToMessage,
-  memoryOf,
-  wireBytes,
-} from './tensor.js';
+import { emptyTensor, headerFromMessage, headerToMessage } from './tensor.js';
 import { stepResultOf } from './view.js';
 
 /** @typedef {import('./calls.js').Calls} Calls */
 /** @typedef {import('./calls.js').Stream} Stream */
 /** @typedef {import('./types.js').Elements} Elements */
+/** @typedef {import('./framing.js').Source} Source */
+/** @typedef {import('./types.js').Encoding} Encoding */
 /** @typedef {import('./types.js').StepOptions} StepOptions */
 /** @typedef {import('./types.js').StepResult} StepResult */
 /** @typedef {import('./types.js').Tensor} Tensor */
@@ -57,14 +53,20 @@ export class Worker {
       const number = step ?? this.#view.nextStep;
       const tensors = this.#view.tensorsOf(gradients, 'gradients');
       const targets = this.#view.targetsOf(into ?? {});
+      const sources = this.#view.gradientsOf(this.worker);
       return this.#calls.persevere(async () => {
         const stream = await this.#opened();
-        return stream.step(
+        const timeoutS = this.#calls.timeoutS + this.#view.roundTimeoutS;
+        const headers = [...tensors].map(([name, tensor]) => headerToMessage(tensor, name));
+        const result = await stream.step(
           number,
-          tensors,
+          headers,
+          sources.of(number, tensors),
           targets,
-          this.#calls.timeoutS + this.#view.roundTimeoutS,
+          timeoutS,
         );
+        sources.answered(number);
+        return result;
       });
     });
     this.#turn = turn.catch(() => {});
@@ -84,7 +86,7 @@ export class Worker {
   async #opened() {
     if (this.#closed) throw new ClosedError('the worker has been closed');
     if (this.#stream === undefined || this.#stream.isOver) {
-      this.#stream = new TrainStream(this.#calls);
+      this.#stream = new TrainStream(this.#calls, this.#view.spec.wire?.parameters);
       this.#view.noteStatus(await this.#stream.open(this.#view.id, this.worker));
     }
     return this.#stream;
@@ -94,11 +96,13 @@ export class Worker {
 /** A call of Train. */
 class TrainStream {
   #stream;
+  #parameters;
   #timeoutS;
   /** @type {Answer | undefined} */ #answer;
 
-  /** @param {Calls} calls */
-  constructor(calls) {
+  /** @param {Calls} calls @param {Encoding | undefined} encoding Of the parameters. */
+  constructor(calls, encoding) {
+    this.#parameters = new ParameterTargets(encoding);
     this.#timeoutS = calls.timeoutS;
     this.#stream = calls.open('train', (response) => this.#receive(response));
     this.#stream.ended.then(
@@ -118,17 +122,17 @@ class TrainStream {
 
   /**
    * @param {number} step
-   * @param {Map<string, Tensor>} gradients
+   * @param {any[]} headers Of the gradients.
+   * @param {Source[]} gradients
    * @param {ReadonlyMap<string, Elements>} targets
    * @param {number} timeoutS
    * @returns {Promise<StepResult>}
    */
-  step(step, gradients, targets, timeoutS) {
-    const headers = [...gradients].map(([name, tensor]) => headerToMessage(tensor, name));
+  step(step, headers, gradients, targets, timeoutS) {
     /** @returns {Iterable<any>} */
     function* events() {
       yield { begin: { step, gradients: headers } };
-      for (const chunks of split([...gradients.values()].map(wireBytes))) yield { chunks };
+      for (const chunks of split(gradients)) yield { chunks };
       yield { end: {} };
     }
     return this.#ask(events(), targets, timeoutS);
@@ -142,7 +146,7 @@ class TrainStream {
 
   /** @param {Iterable<any>} events @param {ReadonlyMap<string, Elements>} targets @param {number} timeoutS */
   async #ask(events, targets, timeoutS) {
-    const answer = (this.#answer = new Answer(targets));
+    const answer = (this.#answer = new Answer(targets, this.#parameters));
     this.#stream.expectWithin(timeoutS);
     try {
       for (const event of events) {
@@ -165,14 +169,20 @@ class TrainStream {
 
 /** The answer to one event or one step, as it comes in. */
 class Answer {
+  #into;
   #targets;
   /** @type {[string, Tensor][]} */ #parameters = [];
+  /** @type {Encoding | undefined} */ #encoding;
   /** @type {Assembly | undefined} */ #assembly;
   /** @type {(value: any) => void} */ #resolve = () => {};
   isSettled = false;
 
-  /** @param {ReadonlyMap<string, Elements>} targets Arrays for the parameters, by name. */
-  constructor(targets) {
+  /**
+   * @param {ReadonlyMap<string, Elements>} into Arrays for the parameters, by name.
+   * @param {ParameterTargets} targets Of the stream's parameters.
+   */
+  constructor(into, targets) {
+    this.#into = into;
     this.#targets = targets;
     /** @type {(error: Error) => void} */
     this.reject = () => {};
@@ -202,7 +212,7 @@ class Answer {
       this.#assembly.add(response.chunks.chunks);
     } else if (response.result && this.#assembly) {
       this.#assembly.finish();
-      for (const [, tensor] of this.#parameters) arrived(tensor);
+      this.#targets.answered(this.#encoding, this.#parameters);
       this.#resolve(stepResultOf(response.result, this.#parameters));
     } else {
       throw new RangeError('an event is empty or came too early');
@@ -212,9 +222,10 @@ class Answer {
   /** @param {any} begin */
   #begin(begin) {
     this.#parameters = begin.parameters.map((/** @type {any} */ header) => {
-      const target = this.#targets.get(header.name);
+      const target = this.#into.get(header.name);
       return [header.name, emptyTensor(headerFromMessage(header), target)];
     });
-    this.#assembly = new Assembly(this.#parameters.map(([, tensor]) => memoryOf(tensor.data)));
+    this.#encoding = encodingOf(begin.encoding);
+    this.#assembly = new Assembly(this.#targets.of(this.#encoding, this.#parameters));
   }
 }

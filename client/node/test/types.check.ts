@@ -9,6 +9,7 @@ export async function check(client: Client): Promise<void> {
     scheduler: { stepLr: { stepSize: 2 }, unit: 'EPOCHS' },
     loss: { nllLoss: { weight: Float32Array.of(1, 2), reduction: 'SUM' } },
     nonFinite: 'ALLOW',
+    wire: { gradients: 'INT8_BLOCKS', parameters: 'BF16' },
   });
   const lr: number | undefined = session.spec.optimizer?.adam?.lr;
   const status: SessionStatus = await session.endEpoch();
@@ -24,6 +25,8 @@ export async function check(client: Client): Promise<void> {
   await session.update({ optimizer: { sgd: { lr: '0.1' } } });
   // @ts-expect-error The contract's name, which is not JavaScript's.
   await session.update({ display_name: 'a' });
+  // @ts-expect-error An encoding that there is not.
+  await client.createSession({ parameters: {}, wire: { gradients: 'INT4' } });
   // @ts-expect-error A plain array is no tensor.
   await session.step({ w: [1, 2] });
 }

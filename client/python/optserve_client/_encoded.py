@@ -20,44 +20,50 @@ INT8_BLOCKS = Encoding.ENCODING_INT8_BLOCKS
 class GradientSources:
     """The gradients of one worker's steps, one step after the other.
 
-    INT8 rounds much away: it is kept, and added to the next gradient of the same parameter.
+    INT8 rounds much away: it is kept, and added to the next gradient of the same parameter. A step
+    that is taken again, for nobody knows whether it was applied, is sent with the same bytes.
     """
 
     def __init__(self, encoding: Encoding.ValueType) -> None:
         """Send in ``encoding``."""
         self._encoding = encoding
         self._kept: dict[str, Floats] = {}
-        # What is kept instead once the step has been answered; until then the same step is sent
-        # with the same bytes.
         self._next: dict[str, Floats] = {}
+        """What is kept instead, once the step that is under way has been applied."""
         self._spare: dict[str, Floats] = {}
+        self._step = 0  # The one that is under way.
+        self._applied = 0  # The last one of which what it rounded away is kept.
 
-    def of(self, names: Sequence[str], gradients: Sequence[memoryview]) -> list[Source]:
+    def of(self, step: int, names: Sequence[str], gradients: Sequence[memoryview]) -> list[Source]:
         """Return the sources of a step's gradients, to be read once, from the front.
 
         Args:
+            step: Its number.
             names: Of the parameters that have one.
             gradients: Their bytes, in the parameters' own data type. Must not change until the step
                 is over.
         """
         if self._encoding == PLAIN:
             return [Buffer(gradient) for gradient in gradients]
-        # A step that failed may still be read by its stream's thread: it keeps its own memory.
-        self._next = {}
         values = [np.frombuffer(gradient, "<f4") for gradient in gradients]
-        if self._encoding == INT8_BLOCKS:
-            sender = _Feedback()
+        if self._encoding == INT8_BLOCKS and step > self._applied:
+            if self._step < step:  # The one before was applied, or this one could not be taken.
+                self.answered(self._step)
+            # A step that failed may still be read by its stream's thread: it keeps its own memory.
+            self._step, self._next, sender = step, {}, _Feedback()
             return [self._compensated(*each, sender) for each in zip(names, values, strict=True)]
         codec = CODECS[self._encoding]()
         return [_source(self._encoding, codec, each) for each in values]
 
-    def answered(self) -> None:
+    def answered(self, step: int) -> None:
         """Keep what the step has rounded away, for the next one."""
+        if step != self._step or step <= self._applied:
+            return
         for name, lost in self._next.items():
             if name in self._kept:
                 self._spare[name] = self._kept[name]
             self._kept[name] = lost
-        self._next = {}
+        self._next, self._applied = {}, step
 
     def _compensated(self, name: str, gradient: Floats, sender: _Feedback) -> Source:
         kept = self._kept.get(name)

@@ -227,7 +227,7 @@ class SessionOperations:
         expected = list(self._headers.values())
         every = len(headers) == len(expected)
         step: exchanges.PackedStep | exchanges.Step
-        sources = self._gradients.of([header.name for header in headers], tensors)
+        sources = self._gradients.of(number, [header.name for header in headers], tensors)
         if every and sum(map(len, tensors)) <= self.terms.chunk_bytes:
             step = exchanges.PackedStep(number, sources, expected, self._reference)
         else:
@@ -252,7 +252,7 @@ class SessionOperations:
         assert step.result is not None
         assert step.parameters is not None
         self._rooms.reverse()  # What has come stays; the other one is spare now.
-        self._gradients.answered()
+        self._gradients.answered(number)
         self._reference = step.parameters
         return step.result, step.parameters
 
@@ -282,7 +282,7 @@ class SessionOperations:
     ) -> Operation[tuple[pb.StepResult, list[Array]]]:
         expected = list(self._headers.values())
         check_unary_fits(expected)
-        sources = self._gradients.of([header.name for header in headers], tensors)
+        sources = self._gradients.of(number, [header.name for header in headers], tensors)
         request = pb.StepRequest(
             session_id=self.session_id,
             worker=self.worker,
@@ -297,7 +297,7 @@ class SessionOperations:
         exchanges.check_announced([tensor.header for tensor in response.parameters], expected)
         data = [tensor.data for tensor in response.parameters]
         arrays = arrays_of(expected, data, response.encoding)
-        self._gradients.answered()
+        self._gradients.answered(number)
         return response.result, arrays
 
     def _opening(self) -> exchanges.Opening:
