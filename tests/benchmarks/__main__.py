@@ -34,6 +34,8 @@ from rich.console import Console
 EXIT_SHORT = 1  # A claim does not hold, or a benchmark broke down.
 EXIT_INTERRUPTED = 130  # As a shell has it: 128 and the number of SIGINT.
 
+LOG_WIDTH = 120  # Where the output goes into a file, nobody knows better.
+
 THOROUGH = Effort(rounds=9, steps=3)
 CHECK = Effort(rounds=5, steps=2)
 
@@ -42,6 +44,8 @@ def main() -> int:
     """Run the benchmarks; return the exit code."""
     arguments = _arguments()
     console = Console()
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
     if arguments.list:
         for benchmark in BENCHMARKS:
             console.print(f"{benchmark.name:<14} {benchmark.summary}", highlight=False)

@@ -55,9 +55,9 @@ OURS_SHM = Contender(name="optserve, shared memory", peer="ours", options={"lane
 
 def loopback(conditions: Conditions) -> Findings:
     """Compare a step over loopback TCP with the peers'."""
-    contenders = [LOCAL, RAW, RAW_IN_TURN, OURS, OURS_BF16, RPC_TCP, RAY, NAIVE]
+    contenders = [LOCAL, RAW, OURS, OURS_BF16, RPC_TCP, RAY, NAIVE]
     if conditions.thorough:
-        contenders += [OURS_INT8]
+        contenders += [RAW_IN_TURN, OURS_INT8]
     found = compete(
         Contest(
             name="loopback",

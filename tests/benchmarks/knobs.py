@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from benchmarks.job import SkippedError
 from benchmarks.model import Tensors
 
-import optserve_client
-from optserve_client import ClientConfig, Lane, Session
-from optserve_server.config import Config
+from optserve_client import ClientConfig, Lane, Session, Wire, WireEncoding
 
-NOT_BUILT = "not built yet"
+_ENCODINGS: dict[str, WireEncoding | None] = {
+    "FP32": None,
+    "BF16": "BF16",
+    "FP16": "FP16",
+    "INT8_BLOCKS": "INT8_BLOCKS",
+}
 
 
-def wire(gradients: str, parameters: str) -> Mapping[str, Any]:
-    """Return the options of a session whose tensors travel in these data types."""
-    if gradients == parameters == "FP32":
-        return {}
-    if not hasattr(optserve_client, "Wire"):
-        raise SkippedError(f"{NOT_BUILT}: reduced data types on the wire")
-    asked = {"gradients": gradients, "parameters": parameters}
-    encodings: dict[str, Any] = {key: each for key, each in asked.items() if each != "FP32"}
-    return {"wire": optserve_client.Wire(**encodings)}
+def wire(options: Mapping[str, str]) -> Wire:
+    """Return how a session's tensors travel: see the options ``gradients`` and ``parameters``."""
+    return Wire(
+        gradients=_ENCODINGS[options.get("gradients", "FP32")],
+        parameters=_ENCODINGS[options.get("parameters", "FP32")],
+    )
 
 
 def client_config(lane: Lane) -> ClientConfig:
@@ -37,9 +35,5 @@ def gradient_buffers(session: Session) -> Tensors:
 
 
 def server_flags(overlap: str) -> tuple[str, ...]:
-    """Return the flags of a server that overlaps: auto, on or off."""
-    if "overlap" in Config.model_fields:
-        return ("--overlap", overlap)
-    if overlap == "on":
-        raise SkippedError(f"{NOT_BUILT}: overlapped steps")
-    return ()
+    """Return the flags of a server that answers a step early: auto, on or off."""
+    return ("--overlap", overlap)

@@ -32,13 +32,16 @@ OURS_BLOCKING = Contender(name="optserve, blocking", peer="ours")
 
 def small(conditions: Conditions) -> Findings:
     """Compare a step of a tiny model with a message there and back."""
+    contenders = [PING_PONG, OURS]
+    if conditions.thorough:
+        contenders += [PING_PONG_UNARY, OURS_BLOCKING, RPC_TCP, RPC_SAME_HOST]
     found = compete(
         Contest(
             name="small",
             title="1 k parameters over loopback TCP, SGD with momentum",
             parameters=PARAMETERS,
             optimizer="sgd-momentum",
-            contenders=[PING_PONG, PING_PONG_UNARY, OURS, OURS_BLOCKING, RPC_TCP, RPC_SAME_HOST],
+            contenders=contenders,
             threads=conditions.threads,
         ),
         replace(conditions.effort, steps=STEPS, warmup_steps=WARMUP_STEPS),

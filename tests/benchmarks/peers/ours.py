@@ -25,13 +25,15 @@ def connect(job: Job) -> Iterator[OurPeer]:
     """Start a server, and create a session."""
     lane: Lane = "shm" if job.options.get("lane") == "shm" else "grpc"
     config = knobs.client_config(lane)
-    wire = knobs.wire(job.options.get("gradients", "FP32"), job.options.get("parameters", "FP32"))
+    wire = knobs.wire(job.options)
     with (
         our_server(job) as server,
         optserve.connect(server.address, config=config, progress=False) as client,
     ):
         optimizer = session_optimizer(job.optimizer)
-        with client.create_session(job.model().initial(), optimizer=optimizer, **wire) as session:
+        with client.create_session(
+            job.model().initial(), optimizer=optimizer, wire=wire
+        ) as session:
             yield OurPeer(job, session, lane)
 
 
