@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 
 from optserve_client._channel import CLOSE_TIMEOUT_S
 from optserve_client._effects import Ask, Collect, Effect, Operation, Train
+from optserve_client._ending import Ending
 from optserve_client._exchange import TrainAnswer, TrainEvent, TrainExchange
 from optserve_client._refusals import CallSite, deadline_error, from_grpc
 from optserve_client.errors import ClosedError, ProtocolError
@@ -84,6 +85,7 @@ class AsyncDriver:
 
     async def _call(self, effect: Ask | Collect) -> Message | None:
         call = getattr(self._stub, effect.rpc)(effect.request, timeout=effect.timeout_s)
+        ending = Ending(call)
         try:
             if isinstance(effect, Collect):
                 async for response in call:
@@ -92,7 +94,7 @@ class AsyncDriver:
             answer: Message = await call
         except grpc.RpcError as error:
             site = CallSite(rpc=effect.rpc, target=self._target, timeout_s=effect.timeout_s)
-            raise from_grpc(error, site) from error
+            raise from_grpc(await ending.reason(error), site) from error
         except BaseException:
             call.cancel()
             raise
@@ -121,6 +123,7 @@ class _TrainStream:
         # As the channel has it: see stub_of.
         train = cast("grpc.aio.StreamStreamMultiCallable[TrainEvent, TrainAnswer]", stub.Train)
         self._call = train()
+        self._ending = Ending(self._call)
         self._conversing = False
 
     def is_active(self) -> bool:
@@ -148,7 +151,7 @@ class _TrainStream:
         except TimeoutError as error:
             raise deadline_error(site) from error
         except grpc.RpcError as error:
-            raise from_grpc(error, site) from error
+            raise from_grpc(await self._ending.reason(error), site) from error
         finally:
             if sending is not None:
                 sending.cancel()
