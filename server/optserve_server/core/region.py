@@ -16,13 +16,12 @@ import weakref
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from optserve_server.core.tensors import TensorSpec
 
 TOKEN_BYTES = 16  # 128 random bits: no other file begins with them.
-_ALIGNMENT = 64  # A cache line, and the widest vector register there is.
-_HEAD_BYTES = _ALIGNMENT  # The token, then zeros.
+ALIGNMENT = 64  # A cache line, and the widest vector register there is.
+_HEAD_BYTES = ALIGNMENT  # The token, then zeros.
 _MODE = 0o600
 _F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; Python names it from 3.13 on.
 
@@ -64,10 +63,13 @@ class Region:
             self.close()
             raise RegionUnavailableError(f"memory cannot be shared: {error}") from error
         memory[:TOKEN_BYTES] = self.token
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
         self.tensors = [
-            _tensor(memory, offset, spec) for offset, spec in zip(offsets, specs, strict=True)
+            whole[offset : offset + spec.byte_count].view(spec.dtype).view(spec.shape)
+            for offset, spec in zip(offsets, specs, strict=True)
         ]
-        """On the CPU, in the order of ``specs``; the memory lives as long as one of them does."""
+        """On the CPU, in the order of ``specs``: views of one memory, which lives as long as one of
+        them does."""
 
 
 def _layout(specs: Sequence[TensorSpec]) -> tuple[list[int], int]:
@@ -75,7 +77,7 @@ def _layout(specs: Sequence[TensorSpec]) -> tuple[list[int], int]:
     offsets, end = [], _HEAD_BYTES
     for spec in specs:
         offsets.append(end)
-        end += -(-spec.byte_count // _ALIGNMENT) * _ALIGNMENT
+        end += -(-spec.byte_count // ALIGNMENT) * ALIGNMENT
     return offsets, end
 
 
@@ -98,10 +100,3 @@ def _seal(descriptor: int, *, read_only: bool) -> None:
     """Fix the size for ever, and if asked the content, but for the mapping that is there."""
     seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals | (_F_SEAL_FUTURE_WRITE if read_only else 0))
-
-
-def _tensor(memory: mmap.mmap, offset: int, spec: TensorSpec) -> Tensor:
-    if not spec.byte_count:
-        return torch.empty(spec.shape, dtype=spec.dtype)
-    flat = torch.frombuffer(memory, dtype=spec.dtype, count=spec.element_count, offset=offset)
-    return flat.view(spec.shape)

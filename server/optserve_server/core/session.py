@@ -30,7 +30,7 @@ from optserve_server.core.limits import Limits
 from optserve_server.core.losses import LossFunction, LossOutcome
 from optserve_server.core.optimizers import OPTIMIZERS
 from optserve_server.core.preview import Preview
-from optserve_server.core.region import Region
+from optserve_server.core.region import ALIGNMENT, Region
 from optserve_server.core.schedulers import Schedule
 from optserve_server.core.spec import ScheduleUnit, SessionSpec
 
@@ -81,8 +81,29 @@ def norm_of(gradients: Sequence[Tensor | None]) -> float:
 
     Not finite only if one of them is not, or if it overflows.
     """
-    norms = [_norm(gradient) for gradient in gradients if gradient is not None]
+    present = [gradient for gradient in gradients if gradient is not None]
+    norms = [_norm(gradient) for gradient in _joined(present)]
     return torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
+
+
+def _joined(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return all of them as one where they lie side by side in one Region; else as they are.
+
+    What lies between them is zeros, which add nothing. 161 tensors of 25 million elements take
+    2 ms longer than one.
+    """
+    if len(gradients) < 2 or gradients[0].dtype in _NORM_DTYPES:  # Those take a copy: of one, then.
+        return gradients
+    first = gradients[0]
+    memory, end = first.untyped_storage().data_ptr(), first.data_ptr()
+    for gradient in gradients:
+        gap = gradient.data_ptr() - end
+        same = gradient.dtype is first.dtype and gradient.untyped_storage().data_ptr() == memory
+        if not (same and 0 <= gap < ALIGNMENT):
+            return gradients
+        end += gap + gradient.nbytes
+    count = (end - first.data_ptr()) // first.itemsize
+    return [first.as_strided((count,), (1,))] if count >= _NORM_ROWS_FROM else gradients
 
 
 def _norm(gradient: Tensor) -> Tensor:

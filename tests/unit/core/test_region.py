@@ -201,3 +201,26 @@ def test_the_norm_of_a_large_gradient_tells_a_nan_anywhere() -> None:
         gradient = torch.zeros(5_000_011)
         gradient[position] = torch.nan
         assert math.isnan(norm_of([gradient]))
+
+
+def test_the_norm_of_gradients_side_by_side_is_that_of_all_of_them() -> None:
+    specs = [
+        TensorSpec(name=str(i), dtype=torch.float32, shape=(elements,))
+        for i, elements in enumerate((700_001, 1, 900_003))
+    ]
+    shared = Region(specs, read_only=False).tensors
+    torch.manual_seed(0)
+    for tensor in shared:
+        tensor.normal_()
+    apart = [tensor.clone() for tensor in shared]
+    assert norm_of(shared) == pytest.approx(norm_of(apart), rel=1e-5)
+    for tensor in shared:
+        last = tensor[-1].clone()
+        tensor[-1] = 1e6
+        assert norm_of(shared) == pytest.approx(1e6, rel=1e-3)
+        tensor[-1] = last
+    # One of them is absent, and another is elsewhere: what lies between does not count.
+    assert norm_of([shared[0], None, shared[2]]) == pytest.approx(
+        norm_of([apart[0], apart[2]]), rel=1e-5
+    )
+    assert norm_of([shared[0], apart[1], shared[2]]) == pytest.approx(norm_of(apart), rel=1e-5)
