@@ -138,10 +138,11 @@ class Session:
         self._parameters = [device.zeros(parameter) for parameter in spec.parameters]
         self._mirrors = [device.mirror(parameter) for parameter in self._parameters]
         self._unset = set(range(len(self._parameters)))
-        self.is_small = (
+        element_count = sum(each.element_count for each in spec.parameters)
+        self.is_small = (  # With all that the workers bring: their mean is part of a step.
             not device.is_cuda
-            and len(spec.parameters) <= _SMALL_TENSORS_MAX
-            and sum(each.element_count for each in spec.parameters) <= _SMALL_ELEMENTS_MAX
+            and spec.workers * len(spec.parameters) <= _SMALL_TENSORS_MAX
+            and spec.workers * element_count <= _SMALL_ELEMENTS_MAX
         )
         """Whether a step takes less time than the way to another thread and back: some 0.1 ms."""
         groups = [
