@@ -85,8 +85,8 @@ def test_a_fault_of_the_server_is_told_as_such(connect: Connect) -> None:
         context.abort(grpc.StatusCode.INTERNAL, "a fault")
 
     service = pb.DESCRIPTOR.services_by_name["OptimizerService"].full_name
-    handler = grpc.unary_unary_rpc_method_handler(at_fault)
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {"GetServerInfo": handler}
+    handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(at_fault)
+    handlers = {"GetServerInfo": handler}
     server = grpc.server(ThreadPoolExecutor(max_workers=1))
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
     port = server.add_insecure_port("127.0.0.1:0")
