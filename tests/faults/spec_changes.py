@@ -11,7 +11,7 @@ from optserve.v1.loss_pb2 import Loss
 from optserve.v1.optimizer_pb2 import Optimizer
 from optserve.v1.scheduler_pb2 import Scheduler
 from optserve.v1.session_pb2 import ParameterGroup, SessionSpec
-from optserve.v1.tensor_pb2 import DataType, TensorHeader
+from optserve.v1.tensor_pb2 import DataType, Encoding, TensorHeader
 
 Change = Callable[[SessionSpec], object]
 FP32 = DataType.DATA_TYPE_FP32
@@ -25,6 +25,16 @@ def named(name: str) -> Change:
 def typed(data_type: int) -> Change:
     """Give the first parameter another data type."""
     return lambda spec: setattr(spec.parameters[0], "data_type", data_type)
+
+
+def encoded(data_type: int) -> Change:
+    """Give the first parameter another data type, and let parameters travel in BF16."""
+
+    def change(spec: SessionSpec) -> None:
+        typed(data_type)(spec)
+        spec.wire.parameters = Encoding.ENCODING_BF16
+
+    return change
 
 
 def shaped(*shape: int) -> Change:

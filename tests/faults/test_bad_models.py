@@ -11,6 +11,7 @@ from faults.ground import Mistakes, rich_spec
 from faults.spec_changes import (
     FP32,
     Change,
+    encoded,
     group,
     grouped,
     long_names,
@@ -103,6 +104,13 @@ MISTAKES: dict[str, tuple[Change, str, str]] = {
     # The rest
     "workers-too-many": (lambda s: setattr(s, "workers", 257), "LIMIT_EXCEEDED", "spec.workers"),
     "policy-unknown": (lambda s: setattr(s, "non_finite", 9), "INVALID_FIELD", "spec.non_finite"),
+    "encoding-unknown": (
+        lambda s: setattr(s.wire, "gradients", 77),
+        "INVALID_FIELD",
+        "spec.wire.gradients",
+    ),
+    "encoding-of-doubles": (encoded(9), "INVALID_FIELD", "spec.wire.parameters"),
+    "encoding-of-halves": (encoded(7), "INVALID_FIELD", "spec.wire.parameters"),
     "display-name-with-nul": (
         lambda s: setattr(s, "display_name", "\x00"),
         "INVALID_NAME",
