@@ -83,7 +83,12 @@ def norm_of(gradients: Sequence[Tensor | None]) -> float:
     """
     present = [gradient for gradient in gradients if gradient is not None]
     norms = [_norm(gradient) for gradient in _joined(present)]
-    return torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
+    if norms and norms[0].is_cuda:  # Where to look at each of them would be to wait for each.
+        total: float = torch.linalg.vector_norm(
+            torch.stack([each.double() for each in norms])
+        ).item()
+        return total
+    return math.hypot(*(norm.item() for norm in norms))
 
 
 def _joined(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -116,7 +121,7 @@ def _norm(gradient: Tensor) -> Tensor:
         rest = torch.linalg.vector_norm(flat[whole:], dtype=dtype)
         parts, dtype = torch.cat([rows, rest.view(1)]), torch.float64
     norm: Tensor = torch.linalg.vector_norm(parts, dtype=dtype)
-    return norm.double()
+    return norm
 
 
 def _largest(gradient: Tensor) -> float:

@@ -17,7 +17,6 @@ from optserve_server.core.errors import (
     DrainingError,
     EventOutOfOrderError,
     InvalidFieldError,
-    LimitExceededError,
     MemoryExhaustedError,
     OptserveError,
     SessionDeletedError,
@@ -29,6 +28,7 @@ from optserve_server.core.round import Contribution
 from optserve_server.core.surroundings import Overlap
 from optserve_server.rpc import decode, encode, encoded, shared_memory, status, transfer
 from optserve_server.rpc.ahead import MEMORY_BYTES, Ahead
+from optserve_server.rpc.packed import PackedForm
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Event = pb.TrainRequest | list[Chunk]
@@ -105,6 +105,7 @@ class _WorkerStream:
         self._limits = registry.limits
         self._observer = registry.surroundings.observer
         self._headers = [encode.tensor_header(spec) for spec in actor.session.spec.parameters]
+        self._packed = PackedForm(actor.spec, registry.limits)
         self._targets = encoded.GradientTargets(actor.spec.wire.gradients)
         self._sources = encoded.ParameterSources(actor.spec.wire.parameters)
         self._step: _OpenStep | None = None
@@ -242,14 +243,14 @@ class _WorkerStream:
         """Take a step in one event, and answer it in one."""
         started_s = time.perf_counter()
         await self._forget_step(packed.step)
-        count = self._check_packed(packed)
+        gradients = self._packed.gradients(packed)
         contribution = self._actor.begin(self._worker, packed.step, None)
         if contribution.settled is None:
             targets = self._targets.of(contribution.targets)
-            for target, data in zip(targets, packed.gradients, strict=True):
+            for target, data in zip(targets, gradients, strict=True):
                 target.write(0, memoryview(data))
         self._observer.phase_ended(Phase.RECEIVE, time.perf_counter() - started_s)
-        self._observer.bytes_moved(Direction.RECEIVED, count)
+        self._observer.bytes_moved(Direction.RECEIVED, sum(map(len, gradients)))
         outcome, replayed = await self._actor.commit(contribution)
         started_s = time.perf_counter()
         async with self._actor.reading() as parameters:
@@ -264,31 +265,6 @@ class _WorkerStream:
         self._sources.delivered()
         self._observer.phase_ended(Phase.SEND, time.perf_counter() - started_s)
         self._observer.bytes_moved(Direction.SENT, sum(source.byte_count for source in sources))
-
-    def _check_packed(self, packed: pb.PackedStep) -> int:
-        """Make sure that a packed step holds what it must; return how many bytes that are."""
-        specs, most = self._actor.session.spec.parameters, self._limits.chunk_bytes_max
-        answer_bytes = sum(spec.byte_count for spec in specs)
-        if answer_bytes > most:
-            raise LimitExceededError(
-                f"the parameters have {answer_bytes} bytes, and {most} may go packed;"
-                " send begin, chunks and end",
-                field="packed",
-                expected=f"at most {most} bytes",
-                actual=f"{answer_bytes} bytes",
-            )
-        if len(packed.gradients) != len(specs):
-            raise InvalidFieldError(
-                f"a packed step has a gradient for each of {len(specs)} parameters;"
-                f" {len(packed.gradients)} came",
-                field="gradients",
-                expected=len(specs),
-                actual=len(packed.gradients),
-            )
-        encoding = self._actor.spec.wire.gradients
-        for i, (spec, data) in enumerate(zip(specs, packed.gradients, strict=True)):
-            decode.check_byte_count(spec, len(data), f"gradients[{i}]", encoding)
-        return sum(map(len, packed.gradients))
 
     async def _take_shared(self, shared: pb.SharedStep) -> None:
         """Take a step whose gradients are here already, and whose parameters need not travel."""
