@@ -5,6 +5,7 @@ from __future__ import annotations
 from author import (
     SMALL,
     Scenario,
+    contribution,
     create,
     evaluate,
     gradients_of,
@@ -12,10 +13,42 @@ from author import (
     model,
     one_by_one,
     plain,
+    refused,
+    round_of,
     step,
     with_loss,
 )
-from tensors import given, of
+from tensors import Json, given, of
+
+
+def _layers(shape: list[int], seed: int = 1) -> list[Json]:
+    """Return values, or gradients, of three parameters, one of them without elements."""
+    return [
+        given(shape, seed, name="weight"),
+        given([0, 2], seed, name="nothing"),
+        given([5], seed + 7, name="bias"),
+    ]
+
+
+def _every_gradient(shape: list[int], session: str) -> list[Json]:
+    """Take steps with all gradients: again, out of turn, and with one that is not a number."""
+    spec = {"parameters": _layers(shape), "optimizer": {"adam": {"lr": 0.125}}}
+    weight, nothing, bias = _layers(shape, 4)
+    nan = of([float("nan")] * 5, name="bias")
+    return [
+        create(spec, session),
+        join(session),
+        step(1, _layers(shape, 2), session),
+        step(1, _layers(shape, 3), session),
+        refused(step(3, _layers(shape, 3), session), "STEP_OUT_OF_ORDER", expected="2"),
+        refused(step(2, [weight, nothing, nan], session), "NON_FINITE_GRADIENT", names="bias"),
+        step(2, [bias, weight, nothing], session),
+        step(3, [weight], session),
+        step(4, _layers(shape, 5), session),
+        step(None, _layers(shape, 6), session),
+        plain("download_parameters", session),
+    ]
+
 
 TENSORS = [
     Scenario(
@@ -118,6 +151,36 @@ TENSORS = [
                 for number in (1, 2)
             ),
             plain("download_parameters"),
+        ],
+    ),
+    Scenario(
+        name="every-gradient",
+        about="Steps with all gradients, of a small and a large model; one without some, between.",
+        acts=[*_every_gradient([3, 5], "small"), *_every_gradient([900, 1100], "large")],
+    ),
+    Scenario(
+        name="two-workers-of-large-models",
+        about="One worker brings every gradient, and the other one not, in chunks.",
+        acts=[
+            create(
+                {
+                    "parameters": _layers([700, 1100]),
+                    "optimizer": {"sgd": {"lr": 0.5, "momentum": 0.5}},
+                    "workers": 2,
+                }
+            ),
+            join(worker=0),
+            join(worker=1),
+            round_of(
+                1,
+                contribution(0, _layers([700, 1100], 2)),
+                contribution(1, _layers([700, 1100], 3)),
+            ),
+            round_of(
+                2,
+                contribution(1, _layers([700, 1100], 4)),
+                contribution(0, _layers([700, 1100], 5)[1:]),
+            ),
         ],
     ),
     Scenario(

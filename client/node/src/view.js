@@ -31,6 +31,11 @@ export class SessionView {
     return this.status.sessionId;
   }
 
+  /** What the parameters are, by name, in the session's order. @returns {ReadonlyMap<string, TensorHeader>} */
+  get headers() {
+    return this.#headers;
+  }
+
   /** Number of the next step. */
   get nextStep() {
     return this.status.steps + 1;
@@ -88,6 +93,25 @@ export class SessionView {
         tensorOf(value, { header: this.#headers.get(name), path: `${path}.${name}` }),
       ]),
     );
+  }
+
+  /**
+   * Return gradients in the order of their parameters, if there is one for each, of its data type and shape.
+   *
+   * @param {Map<string, Tensor>} gradients By name.
+   * @returns {Map<string, Tensor> | undefined}
+   */
+  completeGradients(gradients) {
+    if (gradients.size !== this.#headers.size) return undefined;
+    const ordered = new Map();
+    for (const [name, { dataType, shape }] of this.#headers) {
+      const gradient = gradients.get(name);
+      if (gradient?.dataType !== dataType) return undefined;
+      if (gradient.shape.length !== shape.length) return undefined;
+      if (gradient.shape.some((size, i) => size !== shape[i])) return undefined;
+      ordered.set(name, gradient);
+    }
+    return ordered;
   }
 
   /**

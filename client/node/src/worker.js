@@ -1,15 +1,14 @@
 /** One worker's steps over its long-lived Train stream. */
-import { encodingOf, ParameterTargets } from './encoded.js';
-import { ClosedError, errorFromRefusal, UnavailableError } from './errors.js';
-import { Assembly, split } from './framing.js';
-import { emptyTensor, headerFromMessage, headerToMessage } from './tensor.js';
-import { stepResultOf } from './view.js';
+import { Answer } from './answer.js';
+import { ParameterTargets } from './encoded.js';
+import { ClosedError, UnavailableError } from './errors.js';
+import { CHUNK_BYTES_MAX, split, whole } from './framing.js';
+import { headerToMessage } from './tensor.js';
 
 /** @typedef {import('./calls.js').Calls} Calls */
 /** @typedef {import('./calls.js').Stream} Stream */
 /** @typedef {import('./types.js').Elements} Elements */
 /** @typedef {import('./framing.js').Source} Source */
-/** @typedef {import('./types.js').Encoding} Encoding */
 /** @typedef {import('./types.js').StepOptions} StepOptions */
 /** @typedef {import('./types.js').StepResult} StepResult */
 /** @typedef {import('./types.js').Tensor} Tensor */
@@ -51,20 +50,21 @@ export class Worker {
   step(gradients, { step, into } = {}) {
     const turn = this.#turn.then(() => {
       const number = step ?? this.#view.nextStep;
-      const tensors = this.#view.tensorsOf(gradients, 'gradients');
+      const given = this.#view.tensorsOf(gradients, 'gradients');
+      const complete = this.#view.completeGradients(given);
+      const tensors = complete ?? given;
       const targets = this.#view.targetsOf(into ?? {});
       const sources = this.#view.gradientsOf(this.worker);
       return this.#calls.persevere(async () => {
         const stream = await this.#opened();
         const timeoutS = this.#calls.timeoutS + this.#view.roundTimeoutS;
-        const headers = [...tensors].map(([name, tensor]) => headerToMessage(tensor, name));
-        const result = await stream.step(
+        const events = eventsOf(
           number,
-          headers,
+          tensors,
           sources.of(number, tensors),
-          targets,
-          timeoutS,
+          complete !== undefined,
         );
+        const result = await stream.step(events, targets, timeoutS);
         sources.answered(number);
         return result;
       });
@@ -86,23 +86,52 @@ export class Worker {
   async #opened() {
     if (this.#closed) throw new ClosedError('the worker has been closed');
     if (this.#stream === undefined || this.#stream.isOver) {
-      this.#stream = new TrainStream(this.#calls, this.#view.spec.wire?.parameters);
+      this.#stream = new TrainStream(this.#calls, this.#view);
       this.#view.noteStatus(await this.#stream.open(this.#view.id, this.worker));
     }
     return this.#stream;
   }
 }
 
+/**
+ * The events of a step. If there is a gradient for every parameter both sides know what comes: nothing is announced, and a
+ * small model takes one message each way.
+ *
+ * @param {number} step
+ * @param {Map<string, Tensor>} gradients
+ * @param {Source[]} sources Of the gradients' bytes.
+ * @param {boolean} complete Whether these are all of the session's, in its order.
+ * @returns {Iterable<any>}
+ */
+function eventsOf(step, gradients, sources, complete) {
+  if (!complete) {
+    const headers = [...gradients].map(([name, tensor]) => headerToMessage(tensor, name));
+    return inChunks({ step, gradients: headers }, sources);
+  }
+  const bytes = [...gradients.values()].reduce((sum, { data }) => sum + data.byteLength, 0);
+  if (bytes > CHUNK_BYTES_MAX) return inChunks({ step, everyParameter: true }, sources);
+  return [{ packed: { step, gradients: sources.map(whole) } }];
+}
+
+/** @param {any} begin @param {Source[]} gradients @returns {Generator<any, void, void>} */
+function* inChunks(begin, gradients) {
+  yield { begin };
+  for (const chunks of split(gradients)) yield { chunks };
+  yield { end: {} };
+}
+
 /** A call of Train. */
 class TrainStream {
   #stream;
+  #headers;
   #parameters;
   #timeoutS;
   /** @type {Answer | undefined} */ #answer;
 
-  /** @param {Calls} calls @param {Encoding | undefined} encoding Of the parameters. */
-  constructor(calls, encoding) {
-    this.#parameters = new ParameterTargets(encoding);
+  /** @param {Calls} calls @param {SessionView} view */
+  constructor(calls, view) {
+    this.#headers = view.headers;
+    this.#parameters = new ParameterTargets(view.spec.wire?.parameters);
     this.#timeoutS = calls.timeoutS;
     this.#stream = calls.open('train', (response) => this.#receive(response));
     this.#stream.ended.then(
@@ -121,21 +150,13 @@ class TrainStream {
   }
 
   /**
-   * @param {number} step
-   * @param {any[]} headers Of the gradients.
-   * @param {Source[]} gradients
-   * @param {ReadonlyMap<string, Elements>} targets
+   * @param {Iterable<any>} events What makes the step.
+   * @param {ReadonlyMap<string, Elements>} into
    * @param {number} timeoutS
    * @returns {Promise<StepResult>}
    */
-  step(step, headers, gradients, targets, timeoutS) {
-    /** @returns {Iterable<any>} */
-    function* events() {
-      yield { begin: { step, gradients: headers } };
-      for (const chunks of split(gradients)) yield { chunks };
-      yield { end: {} };
-    }
-    return this.#ask(events(), targets, timeoutS);
+  step(events, into, timeoutS) {
+    return this.#ask(events, into, timeoutS);
   }
 
   /** @returns {Promise<void>} */
@@ -144,9 +165,9 @@ class TrainStream {
     await this.#stream.leave();
   }
 
-  /** @param {Iterable<any>} events @param {ReadonlyMap<string, Elements>} targets @param {number} timeoutS */
-  async #ask(events, targets, timeoutS) {
-    const answer = (this.#answer = new Answer(targets, this.#parameters));
+  /** @param {Iterable<any>} events @param {ReadonlyMap<string, Elements>} into @param {number} timeoutS */
+  async #ask(events, into, timeoutS) {
+    const answer = (this.#answer = new Answer(this.#headers, into, this.#parameters));
     this.#stream.expectWithin(timeoutS);
     try {
       for (const event of events) {
@@ -164,68 +185,5 @@ class TrainStream {
   #receive(response) {
     if (this.#answer === undefined) throw new RangeError('it answers what was not asked');
     this.#answer.add(response);
-  }
-}
-
-/** The answer to one event or one step, as it comes in. */
-class Answer {
-  #into;
-  #targets;
-  /** @type {[string, Tensor][]} */ #parameters = [];
-  /** @type {Encoding | undefined} */ #encoding;
-  /** @type {Assembly | undefined} */ #assembly;
-  /** @type {(value: any) => void} */ #resolve = () => {};
-  isSettled = false;
-
-  /**
-   * @param {ReadonlyMap<string, Elements>} into Arrays for the parameters, by name.
-   * @param {ParameterTargets} targets Of the stream's parameters.
-   */
-  constructor(into, targets) {
-    this.#into = into;
-    this.#targets = targets;
-    /** @type {(error: Error) => void} */
-    this.reject = () => {};
-    /** @type {Promise<any>} */
-    this.settled = new Promise((resolve, reject) => {
-      this.#resolve = (value) => {
-        this.isSettled = true;
-        resolve(value);
-      };
-      this.reject = (error) => {
-        this.isSettled = true;
-        reject(error);
-      };
-    });
-    this.settled.catch(() => {}); // It may be refused while its gradients are still being written.
-  }
-
-  /** @param {any} response A TrainResponse. @throws {RangeError} It is not one that may come now. */
-  add(response) {
-    if (response.opened) {
-      this.#resolve(response.opened.status);
-    } else if (response.refused) {
-      this.reject(errorFromRefusal(response.refused.refusal));
-    } else if (response.begin && this.#assembly === undefined) {
-      this.#begin(response.begin);
-    } else if (response.chunks && this.#assembly) {
-      this.#assembly.add(response.chunks.chunks);
-    } else if (response.result && this.#assembly) {
-      this.#assembly.finish();
-      this.#targets.answered(this.#encoding, this.#parameters);
-      this.#resolve(stepResultOf(response.result, this.#parameters));
-    } else {
-      throw new RangeError('an event is empty or came too early');
-    }
-  }
-
-  /** @param {any} begin */
-  #begin(begin) {
-    this.#parameters = begin.parameters.map((/** @type {any} */ header) => {
-      const target = this.#into.get(header.name);
-      return [header.name, emptyTensor(headerFromMessage(header), target)];
-    });
-    this.#encoding = encodingOf(begin.encoding);
-    this.#assembly = new Assembly(this.#targets.of(this.#encoding, this.#parameters));
   }
 }
