@@ -37,6 +37,23 @@ def test_a_client_passes_the_exam(client: str, exam_address: str) -> None:
     assert sorted(passed) == sorted(path.stem for path in (EXAM / "scenarios").glob("*.json"))
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memfd_create is of Linux")
+def test_the_python_client_passes_the_exam_in_shared_memory(exam_address: str) -> None:
+    # In a session with encodings the tensors of every worker travel.
+    paths = (EXAM / "scenarios").glob("*.json")
+    scenarios = sorted(str(path) for path in paths if not path.name.startswith("wire-"))
+    command = [sys.executable, "-m", "optserve_client.conform", *scenarios]
+    run = subprocess.run(
+        [*command, "--target", exam_address, "--lane", "shm"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    failures = [line for line in run.stdout.splitlines() if json.loads(line)["failure"]]
+    assert not failures, run.stderr
+    assert len(run.stdout.splitlines()) == len(scenarios)
+
+
 @pytest.mark.parametrize("wrong", ["bit", "number", "refusal", "length", "act", "key"])
 def test_a_client_notices_what_is_wrong(
     client: str, exam_address: str, tmp_path: Path, wrong: str

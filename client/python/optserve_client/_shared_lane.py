@@ -43,7 +43,7 @@ class SharedLane:
         """Take what the server has offered at the opening of the stream, if it can be had."""
         self.closed_because = ""
         if not opened.HasField("shared_memory"):
-            self.closed_because = "the server shares no memory with clients at this address"
+            self.closed_because = "the server offers none for this session at this address"
             return
         offer = opened.shared_memory
         tokens = (offer.parameters.token, offer.gradients.token)

@@ -50,15 +50,17 @@ class Awaited:
         return lambda *args, **kwargs: self._runner.run(play(*args, **kwargs))
 
 
-@pytest.fixture(params=["blocking", "asyncio"])
+@pytest.fixture(params=["blocking", "asyncio", "shared-memory"])
 def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
-    """Connect with either face."""
-    if request.param == "blocking":
-        yield optserve.connect
+    """Connect with either face, and in either lane unless the test itself says how."""
+    lane: optserve.Lane = "shm" if request.param == "shared-memory" else "grpc"
+    config = optserve.ClientConfig(lane=lane)
+    if request.param != "asyncio":
+        yield lambda *args, **kwargs: optserve.connect(*args, **{"config": config, **kwargs})
         return
 
     async def opened(*args: Any, **kwargs: Any) -> aio.Client:  # noqa: ANN401  (As connect's.)
-        return await aio.connect(*args, **kwargs)
+        return await aio.connect(*args, **{"config": config, **kwargs})
 
     with asyncio.Runner() as runner:
         yield lambda *args, **kwargs: cast(
@@ -68,6 +70,6 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
 
 @pytest.fixture
 def client(connect: Connect, server: ServerProcess) -> Iterator[optserve.Client]:
-    """Yield a client of a real server, with either face."""
+    """Yield a client of a real server, with either face and in either lane."""
     with connect(server.address) as client:
         yield client

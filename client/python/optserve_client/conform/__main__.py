@@ -7,6 +7,7 @@ import json
 import sys
 import traceback
 from pathlib import Path
+from typing import get_args
 
 import optserve_client as optserve
 from optserve_client.conform.player import Player, ProblemError
@@ -17,9 +18,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m optserve_client.conform", description=__doc__)
     parser.add_argument("scenarios", nargs="+", type=Path, metavar="SCENARIO.json")
     parser.add_argument("--target", required=True, metavar="HOST:PORT")
+    parser.add_argument("--lane", choices=get_args(optserve.Lane), default="grpc")
     arguments = parser.parse_args()
     passed = True
-    with optserve.connect(arguments.target, progress=False) as client:
+    config = optserve.ClientConfig(lane=arguments.lane)
+    with optserve.connect(arguments.target, config=config, progress=False) as client:
         for path in arguments.scenarios:
             scenario = json.loads(path.read_text(encoding="utf-8"))
             failure = _play(scenario["acts"], client)
