@@ -602,7 +602,7 @@ class TrainOpened(_message.Message):
     @_builtins.property
     def shared_memory(self) -> Global___SharedMemory:
         """shared_memory is an offer to a client on the server's host, which need not take it: the stream takes steps of every
-        form. Unset: not asked for, or there is none, or the client is elsewhere.
+        form. Unset: not asked for, or there is none, or the client is elsewhere, or the session has encodings.
         """
 
     def __init__(
