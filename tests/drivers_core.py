@@ -23,7 +23,7 @@ from optserve_server.core.errors import OptserveError
 from optserve_server.core.events import NullObserver
 from optserve_server.core.limits import Limits
 from optserve_server.core.registry import SessionRegistry
-from optserve_server.core.surroundings import Surroundings
+from optserve_server.core.surroundings import Overlap, Surroundings
 from optserve_server.core.tensors import spec_of
 from optserve_server.rpc import change, decode, decode_spec, encode
 
@@ -31,11 +31,17 @@ _T = TypeVar("_T")
 
 
 @contextmanager
-def registry_on(loop: EventLoopThread, limits: Limits) -> Iterator[SessionRegistry]:
+def registry_on(
+    loop: EventLoopThread, limits: Limits, overlap: Overlap = Overlap.AUTO
+) -> Iterator[SessionRegistry]:
     """Make a registry of sessions whose events happen on ``loop``."""
     with ThreadPoolExecutor(4) as executor:
         surroundings = Surroundings(
-            device=Device("cpu"), executor=executor, clock=time.time, observer=NullObserver()
+            device=Device("cpu"),
+            executor=executor,
+            clock=time.time,
+            observer=NullObserver(),
+            overlap=overlap,
         )
         yield loop.call(lambda: SessionRegistry(limits, surroundings))
 

@@ -76,8 +76,7 @@ class Preview:
         self._device = device
         self._state: Mapping[Tensor, Mapping[str, Any]] = optimizer.state
         groups: list[dict[str, Any]] = [{**each, "params": []} for each in optimizer.param_groups]
-        # Not the rate: a schedule may have made it what torch's constructors do not take.
-        arguments = {name: groups[0][name] for name in kind.defaults if name != "lr"}
+        arguments = {name: groups[0][name] for name in kind.defaults if name in groups[0]}
         self._optimizer = kind.torch_class(groups, **arguments)
         positions = {id(parameter): i for i, parameter in enumerate(parameters)}
         self._groups = {

@@ -226,10 +226,3 @@ def test_kernels_that_promise_nothing_get_whole_tensors() -> None:
     ]
     assert cut(0, torch.empty(0, 3), fused=True) == []
     assert cut(0, torch.empty(()), fused=False) == [Piece(position=0, first=0, last=1)]
-
-
-def test_a_rate_that_torch_takes_from_a_schedule_only_is_no_obstacle() -> None:
-    training = Training(FIRST_OF_KIND["SGD"], torch.float32, SMALL_SHAPES)
-    for group in training.optimizer.param_groups:
-        group["lr"] = -0.5  # As LambdaLR may: torch's constructors refuse it.
-    _assert_foretold(training, batch=3)

@@ -1,0 +1,134 @@
+"""A worker's stream, event by event: for what no client that does well would send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+from drivers_grpc import StubDriver
+from event_loop import TIMEOUT_S
+from messages import bytes_of, chunks_of
+from refusals import RefusedError, translated
+from torch import Tensor
+
+from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.tensor_pb2 import Encoding, TensorChunks
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """What has come of an answer."""
+
+    begins: int = 0
+    encoding: Encoding.ValueType = Encoding.ENCODING_UNSPECIFIED
+    parameters: dict[int, bytes] = field(default_factory=dict)
+    """The bytes of each, as they travelled, by position."""
+    result: pb.StepResult | None = None
+    refusal: RefusedError | None = None
+
+    def take(self, response: pb.TrainResponse) -> None:
+        """Add one response."""
+        match response.WhichOneof("event"):
+            case "begin":
+                self.begins += 1
+                self.encoding, self.parameters = response.begin.encoding, {}
+            case "chunks":
+                for chunk in response.chunks.chunks:
+                    came = self.parameters.get(chunk.tensor, b"")
+                    assert chunk.offset == len(came)
+                    self.parameters[chunk.tensor] = came + chunk.data
+            case "result":
+                self.result = response.result
+            case "refused":
+                self.refusal = RefusedError.from_message(response.refused.refusal)
+            case other:
+                raise AssertionError(other)
+
+    @property
+    def byte_count(self) -> int:
+        """How many bytes of parameters have come."""
+        return sum(map(len, self.parameters.values()))
+
+
+class RawStream:
+    """Sends what it is told to, and reads only when it is told to."""
+
+    def __init__(self, driver: StubDriver, session_id: str) -> None:
+        self._requests: SimpleQueue[pb.TrainRequest | None] = SimpleQueue()
+        self._responses = driver.stub.Train(iter(self._requests.get, None), timeout=TIMEOUT_S)
+        self.send(open=pb.TrainOpen(session_id=session_id))
+        with translated():
+            self.status = next(self._responses).opened.status
+
+    def send(self, **event: object) -> None:
+        """Send one event."""
+        self._requests.put(pb.TrainRequest(**event))  # type: ignore[arg-type] # By its name.
+
+    def begin(self, step: int) -> None:
+        """Begin a step that has a gradient for every parameter."""
+        self.send(begin=pb.StepBegin(step=step, every_parameter=True))
+
+    def chunks(self, messages: Sequence[TensorChunks]) -> None:
+        """Send chunks of gradients."""
+        for message in messages:
+            self.send(chunks=message)
+
+    def end(self) -> None:
+        """End the step."""
+        self.send(end=pb.StepEnd())
+
+    def step(self, step: int, gradients: Sequence[Tensor], so_far: Answer | None = None) -> Answer:
+        """Take a whole step; what had come before belongs to a step that was given up."""
+        self.begin(step)
+        self.chunks(list(chunks_of(gradients)))
+        self.end()
+        return self.answer(so_far)
+
+    def receive(self) -> pb.TrainResponse:
+        """Wait for one response."""
+        with translated():
+            return next(self._responses)
+
+    def receive_ahead(self, byte_count: int = 1) -> Answer:
+        """Wait until so much of an answer has come that has not come to its end."""
+        answer = Answer()
+        while answer.byte_count < byte_count:
+            answer.take(self.receive())
+            assert answer.result is None, "the answer has come to its end"
+            assert answer.refusal is None, answer.refusal
+        return answer
+
+    def answer(self, so_far: Answer | None = None) -> Answer:
+        """Wait for the rest of an answer."""
+        answer = so_far or Answer()
+        while answer.result is None and answer.refusal is None:
+            answer.take(self.receive())
+        return answer
+
+    def half_close(self) -> list[pb.TrainResponse]:
+        """Send no more; return whatever still comes."""
+        self._requests.put(None)
+        with translated():
+            return list(self._responses)
+
+    def cancel(self) -> None:
+        """Break the stream off."""
+        self._requests.put(None)
+        self._responses.cancel()
+
+
+@contextmanager
+def raw_stream(driver: StubDriver, session_id: str) -> Iterator[RawStream]:
+    """Open a stream for a block; whatever goes on is broken off at its end."""
+    stream = RawStream(driver, session_id)
+    try:
+        yield stream
+    finally:
+        stream.cancel()
+
+
+def bytes_by_position(parameters: Sequence[Tensor]) -> dict[int, bytes]:
+    """Return what an answer holds that brings these parameters, unencoded."""
+    return {position: data for position, each in enumerate(parameters) if (data := bytes_of(each))}
