@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from scenarios.models import assert_same, create, gradients, model, spec
 from server_process import ServerProcess, running_server
 
 import optserve_client
+from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.optimizer_pb2 import SGD, Adam
-from optserve.v1.optimizer_service_pb2 import GetServerInfoRequest
 from optserve_client import ClientConfig, SharedMemoryError, optim
 from optserve_server.rpc.shared_memory import is_local
 
@@ -224,6 +225,29 @@ def test_memory_that_was_offered_and_never_used_changes_nothing(
             assert_same(came.parameters, wanted.parameters)
 
 
+def test_gradients_that_wait_where_they_are_stay_there(
+    driver: SharedDriver, process_driver: StubDriver
+) -> None:
+    """A worker that has contributed through the stream cannot move to shared memory yet."""
+    session_id = create(driver, spec(SGD(lr=1), workers=2))
+    with process_driver.worker(session_id, 0) as first:
+        first.start(1, gradients(1))
+        time.sleep(0.1)
+        first.abandon()
+    with reopened(process_driver, session_id, 0):  # The server has seen it go.
+        pass
+    opening = pb.TrainOpen(session_id=session_id, worker=0, shared_memory=True)
+    answers = driver.stub.Train(iter([pb.TrainRequest(open=opening)]), timeout=TIMEOUT_S)
+    assert not next(answers).opened.HasField("shared_memory")
+    list(answers)
+    with driver.worker(session_id, 1) as second:
+        answer = take(second, 1, gradients(2))
+    half = {name: (gradients(1)[name] + gradients(2)[name]) / 2 for name in model()}
+    assert_same(answer.parameters, {name: model()[name] - half[name] for name in model()})
+    with reopened(driver, session_id, 0) as first:  # Its step is done: it can move now.
+        assert isinstance(first, SharedWorker)
+
+
 def test_uploads_and_downloads_are_of_the_same_memory(driver: SharedDriver) -> None:
     session_id = create(driver, spec(SGD(lr=1)))
     with driver.worker(session_id) as worker:
@@ -296,7 +320,7 @@ def test_one_flag_turns_it_off() -> None:
     values = {"w": np.ones(9, np.float32)}
     with running_server("--shared-memory", "false") as server:
         with StubDriver(server.address) as driver:
-            assert not driver.stub.GetServerInfo(GetServerInfoRequest()).features
+            assert not driver.stub.GetServerInfo(pb.GetServerInfoRequest()).features
         with optserve_client.connect(server.address, config=SHM) as client:
             session = client.create_session(values, optimizer=optim.SGD(lr=1.0))
             for _ in range(2):
