@@ -103,15 +103,6 @@ def test_a_source_is_read_again_only_when_its_message_has_gone() -> None:
     assert b"".join(came) == data
 
 
-def test_the_first_tensor_may_be_another_one() -> None:
-    messages = split(_sources([b"abc", b"", b"de"]), 2, first=7)
-    assert [[tuple(chunk) for chunk in message] for message in messages] == [
-        [(7, 0, b"ab")],
-        [(7, 2, b"c"), (9, 0, b"d")],
-        [(9, 1, b"e")],
-    ]
-
-
 @given(tensors=TENSORS, seed=st.integers())
 def test_chunks_of_different_tensors_may_interleave(tensors: list[bytes], seed: int) -> None:
     chunks = [chunk for message in split(_sources(tensors), 3) for chunk in message]
