@@ -21,6 +21,9 @@ _SCALE_BYTES = 4
 _BLOCK_BYTES = _SCALE_BYTES + _BLOCK_ELEMENTS
 _CODE_MAX = 127
 _SCALE_MIN = 2.0**-126  # The smallest normal number: below it a quotient is no code.
+# Added and taken away again, it leaves the nearest integer, ties to even, for there FP32 has no room
+# for fractions. torch's round() is the same, but given to several threads however small it is.
+_ROUND = 3 * 2.0**22
 # The canonical NaNs, as numbers of int16.
 _BF16_NAN = 0x7FC0
 _FP16_NAN = 0x7E00
@@ -68,7 +71,7 @@ def _encode_int8_blocks(values: Tensor, data: Tensor) -> None:
         finite = (scales * _CODE_MAX).isfinite()
         # Divided by infinity, every finite element becomes code 0.
         divisors = torch.where(scales >= _SCALE_MIN, scales, math.inf)
-        torch.div(blocks, divisors, out=quotients).round_()
+        torch.div(blocks, divisors, out=quotients).add_(_ROUND).sub_(_ROUND)
         scales.masked_fill_(scales < _SCALE_MIN, 0)
         if not finite.all():
             scales.masked_fill_(~finite, math.nan)
