@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from optserve.encodings import encoded_bytes
+from optserve.encodings import PIECE_ELEMENTS, encoded_bytes
 from optserve.v1.tensor_pb2 import Encoding
 from optserve_client._encodings import CODECS
 
@@ -75,8 +75,8 @@ def test_javascript_makes_the_same_bytes_as_numpy(
 
     expected, elements = np.empty(count, np.uint8), np.empty_like(values)
     codec = CODECS[encoding]()
-    for begin in range(0, len(values), 1 << 16):
-        end = min(begin + (1 << 16), len(values))
+    for begin in range(0, len(values), PIECE_ELEMENTS):
+        end = min(begin + PIECE_ELEMENTS, len(values))
         piece = slice(*(encoded_bytes(encoding, each) for each in (begin, end)))
         codec.encode(values[begin:end], expected[piece])
         codec.decode(expected[piece], elements[begin:end])
