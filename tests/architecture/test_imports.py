@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("grpc", *_PROTOBUF, *_RICH_ERRORS),
         *("numpy", "rich"),
     ),
+    "optserve_client._mirror": ("optserve_client", "numpy", "torch"),
     "optserve_client.torch": ("optserve", "optserve_client", "numpy", "torch"),
     "optserve_server": (),
     "optserve_server.core": ("optserve_server.core", "torch"),

@@ -15,6 +15,7 @@ from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 from optserve_client._channel import CLOSE_TIMEOUT_S
 from optserve_client._effects import Collect, Effect, Event, Operation, Train
 from optserve_client._exchange import TrainAnswer, TrainEvent, TrainExchange
+from optserve_client._feed import FeedClosedError
 from optserve_client._refusals import CallSite, deadline_error, from_grpc
 from optserve_client._watchdog import Watchdog
 from optserve_client.errors import ClosedError, ProtocolError
@@ -164,8 +165,10 @@ class _TrainStream:
 
 
 def _drain(outbox: _Outbox) -> Iterator[TrainEvent]:
-    while (requests := outbox.get()) is not None:
-        yield from requests
+    """Yield what is to be sent. The end half-closes the stream: so a step is given up."""
+    with suppress(FeedClosedError):
+        while (requests := outbox.get()) is not None:
+            yield from requests
 
 
 def _abandon(call: _AnswerStream[TrainAnswer], outbox: _Outbox) -> None:

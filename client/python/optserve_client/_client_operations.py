@@ -15,8 +15,10 @@ from optserve.v1.session_pb2 import Session, SessionStatus
 from optserve.v1.tensor_pb2 import TensorHeader
 from optserve_client._effects import Operation, ask
 from optserve_client._exchange import INLINE_BYTES_MAX
-from optserve_client._session_operations import SessionOperations, Terms, check_unary_fits
+from optserve_client._session_operations import SessionOperations
 from optserve_client._spec import Placeholder, SpecOptions, Via, session_spec
+from optserve_client._steps import check_unary_fits
+from optserve_client._terms import Terms
 from optserve_client.config import ClientConfig
 from optserve_client.errors import DeadlineError, OptserveError, UnavailableError
 from optserve_client.progress import TransferReporter

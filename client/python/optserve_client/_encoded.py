@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -43,17 +44,24 @@ class GradientSources:
             gradients: Their bytes, in the parameters' own data type. Must not change until the step
                 is over.
         """
+        source_of = self.begin(step)
+        return [source_of(*each) for each in zip(names, gradients, strict=True)]
+
+    def begin(self, step: int) -> Callable[[str, memoryview], Source]:
+        """Return what gives the source of each of a step's gradients, in any order; see ``of``.
+
+        For one thread at a time.
+        """
         if self._encoding == PLAIN:
-            return [Buffer(gradient) for gradient in gradients]
-        values = [np.frombuffer(gradient, "<f4") for gradient in gradients]
+            return lambda _name, gradient: Buffer(gradient)
         if self._encoding == INT8_BLOCKS and step > self._applied:
             if self._step < step:  # The one before was applied, or this one could not be taken.
                 self.answered(self._step)
             # A step that failed may still be read by its stream's thread: it keeps its own memory.
-            self._step, self._next, sender = step, {}, _Feedback()
-            return [self._compensated(*each, sender) for each in zip(names, values, strict=True)]
+            self._step, self._next = step, {}
+            return partial(self._compensated, _Feedback(), self._next)
         codec = CODECS[self._encoding]()
-        return [_source(self._encoding, codec, each) for each in values]
+        return lambda _name, gradient: _source(self._encoding, codec, _floats(gradient))
 
     def answered(self, step: int) -> None:
         """Keep what the step has rounded away, for the next one."""
@@ -65,12 +73,14 @@ class GradientSources:
             self._kept[name] = lost
         self._next, self._applied = {}, step
 
-    def _compensated(self, name: str, gradient: Floats, sender: _Feedback) -> Source:
-        kept = self._kept.get(name)
+    def _compensated(
+        self, sender: _Feedback, following: dict[str, Floats], name: str, data: memoryview
+    ) -> Source:
+        gradient, kept = _floats(data), self._kept.get(name)
         lost = self._spare.pop(name, None)
         if lost is None:
             lost = np.empty_like(gradient)
-        self._next[name] = lost
+        following[name] = lost
 
         def encode(first: int, last: int, data: memoryview) -> None:
             before = None if kept is None else kept[first:last]
@@ -127,6 +137,10 @@ def parameter_targets(
         )
     codec = CODECS[encoding]()
     return [_target(encoding, codec, each) for each in values]
+
+
+def _floats(data: memoryview) -> Floats:
+    return np.frombuffer(data, "<f4")
 
 
 def _source(encoding: Encoding.ValueType, codec: Codec, values: Floats) -> Source:

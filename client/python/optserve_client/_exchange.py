@@ -9,7 +9,7 @@ answer cannot be understood, and the stream is of no further use.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn, Protocol, TypeAlias
 
 from google.protobuf.message import Message
@@ -20,6 +20,7 @@ from optserve.v1.error_pb2 import Refusal
 from optserve.v1.tensor_pb2 import TensorHeader
 from optserve.wire import Chunk, Source, split, whole
 from optserve_client._encoded import parameter_targets
+from optserve_client._feed import FeedClosedError
 from optserve_client._incoming import Incoming, Room, arrays_of, uncounted
 from optserve_client.errors import ProtocolError
 from optserve_client.tensors import Array
@@ -72,28 +73,26 @@ class Step:
     def __init__(
         self,
         begin: pb.StepBegin,
-        gradients: Sequence[Source],
+        gradients: Iterable[list[Chunk]],
         headers: Sequence[TensorHeader],
         room: Room,
         *,
-        chunk_bytes: int,
         reference: Sequence[Array] | None = None,
     ) -> None:
         """Take the step that ``begin`` announces.
 
         Args:
             begin: The step's number, and which gradients follow.
-            gradients: The gradients' bytes, in that order. Must not change until the step is over.
+            gradients: Their chunks, message by message. Asked for by the thread that sends, which
+                may have to wait for them; a FeedClosedError gives the step up.
             headers: Of the parameters that the answer must announce, if it announces any.
             room: For the parameters.
-            chunk_bytes: Most tensor bytes in one message.
             reference: See ``parameter_targets``.
         """
         self._begin = begin
         self._gradients = gradients
         self._announced = [] if begin.every_parameter else headers
         self._room = room
-        self._chunk_bytes = chunk_bytes
         self._reference = reference
         self._incoming: Incoming | None = None
         self.result: pb.StepResult | None = None
@@ -103,10 +102,15 @@ class Step:
     def requests(self) -> Iterator[TrainEvent]:
         """Yield the step's messages; after a refusal no more: the server would ignore them."""
         yield pb.TrainRequest(begin=self._begin)
-        for chunks in split(self._gradients, self._chunk_bytes):
-            if self.refusal is not None:
-                return
-            yield chunks
+        try:
+            for chunks in self._gradients:
+                if self.refusal is not None:
+                    return
+                yield chunks
+        except FeedClosedError:
+            if self.refusal is None:
+                raise
+            return
         yield pb.TrainRequest(end=pb.StepEnd())
 
     def receive(self, response: TrainAnswer) -> bool:

@@ -2,55 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias, Unpack
 
-import numpy as np
 from numpy.typing import ArrayLike
 
-from optserve.limits import MESSAGE_BYTES_MAX, MESSAGE_HEADROOM_BYTES
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.session_pb2 import Session, SessionStatus
-from optserve.v1.tensor_pb2 import Tensor, TensorHeader
-from optserve.wire import Buffer, byte_count, whole
+from optserve.v1.tensor_pb2 import TensorHeader
+from optserve.wire import Buffer
 from optserve_client import _exchange as exchanges
-from optserve_client._effects import Collect, Operation, Train, ask
-from optserve_client._encoded import GradientSources
-from optserve_client._incoming import Room, arrays_of
-from optserve_client._refusals import from_refusal
-from optserve_client._shared_lane import SharedLane
+from optserve_client._effects import Collect, Operation, ask
+from optserve_client._feed import Feed
 from optserve_client._spec import UpdateOptions, Via, update_request
-from optserve_client.config import ClientConfig
+from optserve_client._steps import Steps, Taking, total_bytes
+from optserve_client._terms import Terms
 from optserve_client.errors import (
     DeadlineError,
-    LimitError,
     ParametersNotSetError,
-    SharedMemoryError,
     UnknownNameError,
 )
-from optserve_client.progress import TransferReporter
 from optserve_client.results import Parameters, StepResult, step_result
-from optserve_client.tensors import (
-    Array,
-    allocate,
-    bytes_of,
-    encode_as,
-    form_of,
-)
+from optserve_client.tensors import Array, allocate, bytes_of, encode_as
 
 Gradients: TypeAlias = Mapping[str, ArrayLike | None]
 """By parameter. None, or nothing, is no gradient, which is not a gradient of zeros."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """On which terms a client and its server have met."""
-
-    config: ClientConfig
-    chunk_bytes: int
-    """Most tensor bytes in one message: what both allow."""
-    reporter: TransferReporter
 
 
 class SessionOperations:
@@ -69,14 +45,18 @@ class SessionOperations:
         self.terms = terms
         self._via = via
         self._headers = {header.name: header for header in session.spec.parameters}
-        self._forms = {name: form_of(header) for name, header in self._headers.items()}
         self._values: dict[str, Array] = {}
-        # Of what steps bring: one holds the newest values, and the other waits for the next ones.
-        self._rooms: list[Room] = []
-        self._shared = SharedLane(session.spec.parameters)
-        self._gradients = GradientSources(session.spec.wire.gradients)
-        # What the answer to the last streamed step has brought: the next one may build on it.
-        self._reference: list[Array] | None = None
+        self._steps = Steps(session, terms=terms, worker=worker)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters, in the session's order."""
+        return list(self._headers)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether it pays to send a step's gradients one by one: they fill several messages."""
+        return self._via == "stream" and not self._steps.packs
 
     @property
     def parameters(self) -> Parameters:
@@ -143,14 +123,14 @@ class SessionOperations:
 
     def open(self) -> Operation[SessionStatus]:
         """Open the worker's stream, if it is not open, and learn where the session stands."""
-        opened = yield from self._open(self.terms.config.timeout_s)
+        opened = yield from self._steps.open(self.terms.config.timeout_s)
         return opened.status if opened else (yield from self.status())
 
     def gradient_buffers(self) -> Operation[dict[str, Array]]:
         """Return the arrays that gradients are best written to."""
         if self._via == "stream":
-            yield from self._open(self.terms.config.timeout_s)
-        return dict(zip(self._headers, self._shared.buffers, strict=True))
+            yield from self._steps.open(self.terms.config.timeout_s)
+        return dict(zip(self._headers, self._steps.buffers, strict=True))
 
     def step(
         self, gradients: Gradients, *, step: int | None, via: Via | None
@@ -168,13 +148,38 @@ class SessionOperations:
             if (gradient := gradients.get(name)) is not None
         ]
         tensors = [
-            self._bytes_of(header, gradient, at) for at, (header, gradient) in enumerate(present)
+            self._steps.bytes_of(header, gradient, at)
+            for at, (header, gradient) in enumerate(present)
         ]
         number = self.steps + 1 if step is None else step
         headers = [header for header, _ in present]
-        take = self._step_unary if (via or self._via) == "unary" else self._step_stream
+        take = self._steps.unary if (via or self._via) == "unary" else self._steps.streamed
+        return (yield from self._numbered(number, take(number, headers, tensors)))
+
+    def step_from(self, feed: Feed) -> Operation[StepResult]:
+        """Take the next step with gradients that are still being computed.
+
+        For the blocking face: it waits for the feed, and closes it. If somebody else does so before
+        the step may be ended, the step is given up, and what is raised says nothing.
+        """
+        number = self.steps + 1
         try:
-            result, arrays = yield from take(number, headers, tensors)
+            return (yield from self._numbered(number, self._steps.fed(number, feed)))
+        finally:
+            feed.close()
+
+    def gradient_bytes(self, name: str, gradient: ArrayLike, at: int) -> memoryview:
+        """Return the bytes of a parameter's gradient, the one at position ``at`` of a step.
+
+        Raises:
+            RequestError: It does not fit the parameter.
+        """
+        return self._steps.bytes_of(self._headers[name], gradient, at)
+
+    def _numbered(self, number: int, step: Taking) -> Operation[StepResult]:
+        """Take step ``number`` in whichever way, and remember what it brought."""
+        try:
+            result, arrays = yield from step
         except DeadlineError as error:
             raise DeadlineError(
                 f"step {number} did not end within {self.terms.config.step_timeout_s:g} s;"
@@ -218,121 +223,6 @@ class SessionOperations:
         response = yield from ask("DeleteSession", request, pb.DeleteSessionResponse, timeout_s)
         return response.status
 
-    def _step_stream(
-        self, number: int, headers: Sequence[TensorHeader], tensors: Sequence[memoryview]
-    ) -> Operation[tuple[pb.StepResult, list[Array]]]:
-        yield from self._open(self.terms.config.step_timeout_s)
-        if not self._shared.closed_because:
-            return (yield from self._step_shared(number, headers, tensors))
-        expected = list(self._headers.values())
-        every = len(headers) == len(expected)
-        step: exchanges.PackedStep | exchanges.Step
-        sources = self._gradients.of(number, [header.name for header in headers], tensors)
-        if every and sum(map(len, tensors)) <= self.terms.chunk_bytes:
-            step = exchanges.PackedStep(number, sources, expected, self._reference)
-        else:
-            begin = pb.StepBegin(
-                step=number, gradients=() if every else headers, every_parameter=every
-            )
-            step = exchanges.Step(
-                begin,
-                sources,
-                expected,
-                self._spare(),
-                chunk_bytes=self.terms.chunk_bytes,
-                reference=self._reference,
-            )
-        yield Train(
-            opening=self._opening(),
-            exchange=step,
-            timeout_s=self.terms.config.step_timeout_s,
-        )
-        if step.refusal is not None:
-            raise from_refusal(step.refusal)
-        assert step.result is not None
-        assert step.parameters is not None
-        self._rooms.reverse()  # What has come stays; the other one is spare now.
-        self._gradients.answered(number)
-        self._reference = step.parameters
-        return step.result, step.parameters
-
-    def _step_shared(
-        self, number: int, headers: Sequence[TensorHeader], tensors: Sequence[memoryview]
-    ) -> Operation[tuple[pb.StepResult, list[Array]]]:
-        present = {header.name: tensor for header, tensor in zip(headers, tensors, strict=True)}
-        absent = []
-        for position, name in enumerate(self._headers):
-            if name in present:
-                self._shared.write(position, present[name])
-            else:
-                absent.append(position)
-        step = exchanges.SharedStep(number, absent)
-        yield Train(
-            opening=self._opening(),
-            exchange=step,
-            timeout_s=self.terms.config.step_timeout_s,
-        )
-        if step.refusal is not None:
-            raise from_refusal(step.refusal)
-        assert step.result is not None
-        return step.result, self._shared.parameters
-
-    def _step_unary(
-        self, number: int, headers: Sequence[TensorHeader], tensors: Sequence[memoryview]
-    ) -> Operation[tuple[pb.StepResult, list[Array]]]:
-        expected = list(self._headers.values())
-        check_unary_fits(expected)
-        sources = self._gradients.of(number, [header.name for header in headers], tensors)
-        request = pb.StepRequest(
-            session_id=self.session_id,
-            worker=self.worker,
-            step=number,
-            gradients=[
-                Tensor(header=header, data=whole(source))
-                for header, source in zip(headers, sources, strict=True)
-            ],
-        )
-        timeout_s = self.terms.config.step_timeout_s
-        response = yield from ask("Step", request, pb.StepResponse, timeout_s)
-        exchanges.check_announced([tensor.header for tensor in response.parameters], expected)
-        data = [tensor.data for tensor in response.parameters]
-        arrays = arrays_of(expected, data, response.encoding)
-        self._gradients.answered(number)
-        return response.result, arrays
-
-    def _opening(self) -> exchanges.Opening:
-        asks = self.terms.config.lane != "grpc"
-        return exchanges.Opening(self.session_id, self.worker, shared_memory=asks)
-
-    def _open(self, timeout_s: float) -> Operation[pb.TrainOpened | None]:
-        """Open the worker's stream, and enter the lane; None if the stream is open already.
-
-        Raises:
-            SharedMemoryError: There is no shared memory, and it must be.
-        """
-        opening = self._opening()
-        yield Train(opening=opening, exchange=None, timeout_s=timeout_s)
-        if opening.opened:
-            self._shared.take(opening.opened)
-        if self.terms.config.lane == "shm" and self._shared.closed_because:
-            raise SharedMemoryError(f"no shared memory: {self._shared.closed_because}")
-        return opening.opened
-
-    def _spare(self) -> Room:
-        """Return memory for parameters that does not hold the newest ones.
-
-        Used again every other step: to take it anew each time costs more than to fill it.
-        """
-        if len(self._rooms) < 2:
-            self._rooms.insert(0, Room(list(self._headers.values())))
-        return self._rooms[0]
-
-    def _bytes_of(self, header: TensorHeader, gradient: ArrayLike, at: int) -> memoryview:
-        values = np.asarray(gradient)
-        if (values.dtype, values.shape) == self._forms[header.name]:
-            return bytes_of(values)
-        return encode_as(header, values, role="gradient", path=f"gradients[{at}]")
-
     def _header_of(self, name: str, field: str) -> TensorHeader:
         if name not in self._headers:
             known = ", ".join(f"'{known}'" for known in list(self._headers)[:20])
@@ -343,23 +233,3 @@ class SessionOperations:
                 actual=name,
             )
         return self._headers[name]
-
-
-def check_unary_fits(headers: Iterable[TensorHeader]) -> None:
-    """Check that all parameters fit into the answer of a unary step.
-
-    Raises:
-        LimitError: They do not.
-    """
-    total, allowed = total_bytes(headers), MESSAGE_BYTES_MAX - MESSAGE_HEADROOM_BYTES
-    if total > allowed:
-        raise LimitError.local(
-            f"a unary step carries all parameters in one message; they have {total} bytes,"
-            f" and {allowed} fit: take steps via the stream",
-            expected=f"at most {allowed} bytes",
-            actual=f"{total} bytes",
-        )
-
-
-def total_bytes(headers: Iterable[TensorHeader]) -> int:
-    return sum(byte_count(header) for header in headers)

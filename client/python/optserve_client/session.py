@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Self, Unpack
@@ -16,6 +16,7 @@ from optserve_client._loss_operations import evaluate_loss, loss_points
 from optserve_client._session_operations import Gradients, SessionOperations
 from optserve_client._session_view import SessionView
 from optserve_client._spec import UpdateOptions, Via
+from optserve_client._under_way import StepUnderWay
 from optserve_client.errors import OptserveError, SessionNotFoundError
 from optserve_client.results import LossHistory, LossResult, Parameters, Split, StepResult
 from optserve_client.tensors import Array
@@ -185,3 +186,21 @@ class Session(SessionView):
     def close(self) -> None:
         """End this worker's stream. The session lives on. May be called again."""
         self._driver.close()
+
+
+# The asyncio face has no such things, and so the session shows no methods for them.
+
+
+def can_overlap(session: Session) -> bool:
+    """Return whether it pays to begin steps: their gradients do not fit into one message."""
+    return session._operations.overlaps  # noqa: SLF001
+
+
+def begin_step(session: Session, names: Collection[str]) -> StepUnderWay:
+    """Begin a session's next step before its gradients are there; see ``StepUnderWay``.
+
+    Args:
+        session: Nobody may take another step in it before this one has been ended or given up.
+        names: Of the parameters that will have a gradient.
+    """
+    return StepUnderWay(session._operations, session._driver, names)  # noqa: SLF001

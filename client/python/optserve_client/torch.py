@@ -10,7 +10,7 @@
                 loss_function(model(inputs), targets).backward()
                 optimizer.step()  # sends .grad, and writes the new values into the parameters
 
-This is the only module that imports torch.
+This is the only module that imports torch, but for the private ones that it stands on.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeAlias, Unpack
 
-import numpy as np
 import torch
 
 from optserve.v1.session_pb2 import SessionStatus
+from optserve_client._backward import Backward
+from optserve_client._mirror import Mirror, wait_for_devices
 from optserve_client._spec import ParameterGroup, SessionOptions
 from optserve_client.client import Client
 from optserve_client.optim import AnyOptimizer
 from optserve_client.results import StepResult
 from optserve_client.session import Session
-from optserve_client.tensors import BF16, Array
 
 __all__ = ["RemoteOptimizer"]
 
@@ -46,7 +46,12 @@ class RemoteOptimizer:
     """
 
     def __init__(
-        self, params: Iterable[Named | Group], client: Client, **options: Unpack[SessionOptions]
+        self,
+        params: Iterable[Named | Group],
+        client: Client,
+        *,
+        overlap_backward: bool = False,
+        **options: Unpack[SessionOptions],
     ) -> None:
         """Create a session with the parameters' values; it is deleted when this is closed.
 
@@ -54,6 +59,9 @@ class RemoteOptimizer:
             params: ``model.named_parameters()``, or groups of named parameters with hyperparameters
                 of their own. FP32, FP64, FP16 or BF16, on any device; nothing is converted.
             client: Of the server.
+            overlap_backward: Whether to send each gradient as soon as the backward pass has it,
+                while it computes the others. For loops with one backward pass for each step, and
+                nothing between the two that changes gradients; see ``steps_given_up``.
             options: As of ``Client.create_session``.
 
         Raises:
@@ -62,14 +70,23 @@ class RemoteOptimizer:
             RequestError: The server refuses something in it.
         """
         parameters, groups = _read(params, options["optimizer"])
-        self._mirrors = {name: _Mirror(parameter) for name, parameter in parameters.items()}
+        self._mirrors = {name: Mirror(parameter) for name, parameter in parameters.items()}
         values = {name: mirror.values() for name, mirror in self._mirrors.items()}
-        _wait_for_devices(self._mirrors.values())
+        wait_for_devices(self._mirrors.values())
         options["groups"] = [*options.get("groups", ()), *groups]
         self._session = client.create_session(values, **options)
+        self._backward = Backward(self._mirrors, self._session) if overlap_backward else None
 
     @classmethod
-    def join(cls, params: Iterable[Named], client: Client, session_id: str, *, worker: int) -> Self:
+    def join(
+        cls,
+        params: Iterable[Named],
+        client: Client,
+        session_id: str,
+        *,
+        worker: int,
+        overlap_backward: bool = False,
+    ) -> Self:
         """Take part in a session that another worker has created, and load its values.
 
         Args:
@@ -77,6 +94,7 @@ class RemoteOptimizer:
             client: Of the server.
             session_id: Of the session; it lives on when this is closed.
             worker: Which of its workers to be, from 0.
+            overlap_backward: As for one that is created.
 
         Raises:
             ValueError: The session's parameters are not these.
@@ -87,8 +105,9 @@ class RemoteOptimizer:
             session.close()
             raise ValueError("the session's parameters have other names than the model's")
         self = cls.__new__(cls)
-        self._mirrors = {name: _Mirror(parameter) for name, parameter in parameters.items()}
+        self._mirrors = {name: Mirror(parameter) for name, parameter in parameters.items()}
         self._session = session
+        self._backward = Backward(self._mirrors, session) if overlap_backward else None
         self._write()
         return self
 
@@ -96,6 +115,17 @@ class RemoteOptimizer:
     def session(self) -> Session:
         """The session: its status, its loss, its learning rates."""
         return self._session
+
+    @property
+    def steps_given_up(self) -> int:
+        """How often gradients were sent during a backward pass in vain.
+
+        Because a backward pass failed, or was not the only one before its step; because a parameter
+        had no gradient; or because gradients were changed after the backward pass, as clipping them
+        does. Such a step is taken with the gradients as they are when ``step`` is called: its
+        result is the same, and it takes longer than without ``overlap_backward``.
+        """
+        return self._backward.given_up if self._backward else 0
 
     def step(self) -> StepResult:
         """Send every parameter's ``.grad``, and write the new values into the parameters.
@@ -105,14 +135,18 @@ class RemoteOptimizer:
         Raises:
             OptserveError: As of ``Session.step``; no parameter was changed.
         """
-        gradients = {name: mirror.gradient() for name, mirror in self._mirrors.items()}
-        _wait_for_devices(self._mirrors.values())
-        result = self._session.step(gradients)
+        result = self._backward.finish_step() if self._backward else None
+        if result is None:
+            gradients = {name: mirror.gradient() for name, mirror in self._mirrors.items()}
+            wait_for_devices(self._mirrors.values())
+            result = self._session.step(gradients)
         self._write()
         return result
 
     def zero_grad(self, *, set_to_none: bool = True) -> None:
         """Forget every parameter's gradient, or set it to zeros."""
+        if self._backward:
+            self._backward.give_up()
         for mirror in self._mirrors.values():
             mirror.zero_grad(set_to_none=set_to_none)
 
@@ -133,80 +167,15 @@ class RemoteOptimizer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._session.__exit__(kind, error, traceback)
+        try:
+            if self._backward:
+                self._backward.close()
+        finally:
+            self._session.__exit__(kind, error, traceback)
 
     def _write(self) -> None:
         for name, values in self._session.parameters.items():
             self._mirrors[name].write(values)
-
-
-class _Mirror:
-    """A parameter, and the host memory through which it travels if it lives on another device."""
-
-    def __init__(self, parameter: torch.Tensor) -> None:
-        self._parameter = parameter
-        self._staging = None
-        if parameter.device.type != "cpu":
-            # Pinned, so that the copies to and from the GPU are as fast as the bus.
-            self._staging = torch.empty(
-                parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda
-            )
-
-    @property
-    def is_cuda(self) -> bool:
-        """Whether copies from it are still under way until its device has been waited for."""
-        return self._parameter.is_cuda
-
-    def values(self) -> Array:
-        """Return the parameter's values, in host memory."""
-        return self._to_host(self._parameter)
-
-    def gradient(self) -> Array | None:
-        """Return the parameter's gradient, in host memory; None if it has none."""
-        gradient = self._parameter.grad
-        if gradient is None:
-            return None
-        if gradient.layout != torch.strided:
-            raise TypeError(f"a gradient is {gradient.layout}; make it dense with .to_dense()")
-        return self._to_host(gradient)
-
-    def write(self, values: Array) -> None:
-        """Set the parameter's values in place, as an optimizer of torch does."""
-        if self._staging is None:
-            np.copyto(_array_of(self._parameter), values)  # copy: the session's to the parameter.
-            # So that autograd knows, and refuses a backward pass through what was there before.
-            torch.autograd.graph.increment_version(self._parameter)
-        else:
-            np.copyto(_array_of(self._staging), values)  # copy: the session's to pinned memory.
-            with torch.no_grad():
-                self._parameter.copy_(self._staging, non_blocking=True)  # copy: to the device.
-
-    def zero_grad(self, *, set_to_none: bool) -> None:
-        """Forget the gradient, or set it to zeros."""
-        if set_to_none:
-            self._parameter.grad = None
-        elif self._parameter.grad is not None:
-            self._parameter.grad = self._parameter.grad.detach().zero_()
-
-    def _to_host(self, tensor: torch.Tensor) -> Array:
-        if self._staging is None:
-            return _array_of(tensor)
-        self._staging.copy_(tensor.detach(), non_blocking=True)  # copy: device to pinned memory.
-        return _array_of(self._staging)
-
-
-def _array_of(tensor: torch.Tensor) -> Array:
-    """Return the array that shares a CPU tensor's memory."""
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(BF16)
-    array: Array = tensor.numpy()
-    return array
-
-
-def _wait_for_devices(mirrors: Iterable[_Mirror]) -> None:
-    if any(mirror.is_cuda for mirror in mirrors):
-        torch.cuda.synchronize()
 
 
 def _read(

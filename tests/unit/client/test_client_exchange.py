@@ -10,7 +10,7 @@ from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.error_pb2 import Reason, Refusal
 from optserve.v1.session_pb2 import SessionStatus
 from optserve.v1.tensor_pb2 import DataType, TensorHeader
-from optserve.wire import Buffer, Chunk
+from optserve.wire import Buffer, Chunk, split
 from optserve_client._exchange import (
     Download,
     LossEvaluation,
@@ -53,13 +53,13 @@ def step_of(gradient: Array = W_VALUES, room: Room | None = None) -> Step:
     """Return a step with a gradient for one of the two parameters, and so announced."""
     announced = pb.StepBegin(step=3, gradients=[W])
     into = room or Room([W, B])
-    return Step(announced, [source_of(gradient)], [W, B], into, chunk_bytes=8)
+    return Step(announced, split([source_of(gradient)], 8), [W, B], into)
 
 
 def step_of_every_parameter() -> Step:
     begin = pb.StepBegin(step=3, every_parameter=True)
     gradients = [source_of(W_VALUES), source_of(np.asarray(B_VALUE))]
-    return Step(begin, gradients, [W, B], Room([W, B]), chunk_bytes=8)
+    return Step(begin, split(gradients, 8), [W, B], Room([W, B]))
 
 
 def packed_step() -> PackedStep:
