@@ -23,22 +23,26 @@ class Answer:
 
     begins: int = 0
     encoding: Encoding.ValueType = Encoding.ENCODING_UNSPECIFIED
-    parameters: dict[int, bytes] = field(default_factory=dict)
-    """The bytes of each, as they travelled, by position."""
     result: pb.StepResult | None = None
     refusal: RefusedError | None = None
+    _came: dict[int, bytearray] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[int, bytes]:
+        """The bytes of each parameter, as they travelled, by position."""
+        return {position: bytes(data) for position, data in self._came.items()}
 
     def take(self, response: pb.TrainResponse) -> None:
         """Add one response."""
         match response.WhichOneof("event"):
             case "begin":
                 self.begins += 1
-                self.encoding, self.parameters = response.begin.encoding, {}
+                self.encoding, self._came = response.begin.encoding, {}
             case "chunks":
                 for chunk in response.chunks.chunks:
-                    came = self.parameters.get(chunk.tensor, b"")
+                    came = self._came.setdefault(chunk.tensor, bytearray())
                     assert chunk.offset == len(came)
-                    self.parameters[chunk.tensor] = came + chunk.data
+                    came += chunk.data
             case "result":
                 self.result = response.result
             case "refused":
@@ -49,7 +53,7 @@ class Answer:
     @property
     def byte_count(self) -> int:
         """How many bytes of parameters have come."""
-        return sum(map(len, self.parameters.values()))
+        return sum(map(len, self._came.values()))
 
 
 class RawStream:
@@ -58,6 +62,7 @@ class RawStream:
     def __init__(self, driver: StubDriver, session_id: str) -> None:
         self._requests: SimpleQueue[pb.TrainRequest | None] = SimpleQueue()
         self._responses = driver.stub.Train(iter(self._requests.get, None), timeout=TIMEOUT_S)
+        self._answer = Answer()
         self.send(open=pb.TrainOpen(session_id=session_id))
         with translated():
             self.status = next(self._responses).opened.status
@@ -79,12 +84,12 @@ class RawStream:
         """End the step."""
         self.send(end=pb.StepEnd())
 
-    def step(self, step: int, gradients: Sequence[Tensor], so_far: Answer | None = None) -> Answer:
-        """Take a whole step; what had come before belongs to a step that was given up."""
+    def step(self, step: int, gradients: Sequence[Tensor]) -> Answer:
+        """Take a whole step."""
         self.begin(step)
         self.chunks(list(chunks_of(gradients)))
         self.end()
-        return self.answer(so_far)
+        return self.answer()
 
     def receive(self) -> pb.TrainResponse:
         """Wait for one response."""
@@ -93,18 +98,18 @@ class RawStream:
 
     def receive_ahead(self, byte_count: int = 1) -> Answer:
         """Wait until so much of an answer has come that has not come to its end."""
-        answer = Answer()
-        while answer.byte_count < byte_count:
-            answer.take(self.receive())
-            assert answer.result is None, "the answer has come to its end"
-            assert answer.refusal is None, answer.refusal
-        return answer
+        while self._answer.byte_count < byte_count:
+            self._answer.take(self.receive())
+            assert self._answer.result is None, "the answer has come to its end"
+            assert self._answer.refusal is None, self._answer.refusal
+        return self._answer
 
-    def answer(self, so_far: Answer | None = None) -> Answer:
-        """Wait for the rest of an answer."""
-        answer = so_far or Answer()
+    def answer(self) -> Answer:
+        """Wait for the end of an answer; what has come of it may belong to steps given up."""
+        answer = self._answer
         while answer.result is None and answer.refusal is None:
             answer.take(self.receive())
+        self._answer = Answer()
         return answer
 
     def half_close(self) -> list[pb.TrainResponse]:

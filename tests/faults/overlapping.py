@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from drivers import Tensors
 from drivers_core import registry_on
 from drivers_grpc import StubDriver
 from event_loop import TIMEOUT_S, EventLoopThread
@@ -49,11 +50,12 @@ class World:
     loop: EventLoopThread
 
     @contextmanager
-    def session(self, spec_: SessionSpec | None = None) -> Iterator[str]:
+    def session(
+        self, spec_: SessionSpec | None = None, values: Tensors | None = None
+    ) -> Iterator[str]:
         """Create a session with values; afterwards, nothing is left of it, whatever happened."""
-        spec_ = spec_ or adam_spec()
-        session_id = self.driver.create(spec_).status.session_id
-        self.driver.upload(session_id, model())
+        session_id = self.driver.create(spec_ or adam_spec()).status.session_id
+        self.driver.upload(session_id, values or model())
         try:
             yield session_id
         finally:

@@ -61,59 +61,58 @@ def _not_finite_at_the_end(stream: RawStream) -> None:
     messages = list(chunks_of(spoilt))
     stream.begin(LAST)
     stream.chunks(messages[:-1])
-    so_far = stream.receive_ahead()
+    stream.receive_ahead()
     stream.chunks(messages[-1:])
     stream.end()
-    _refused(stream.answer(so_far), "NON_FINITE_GRADIENT")
+    _refused(stream.answer(), "NON_FINITE_GRADIENT")
 
 
 def _ended_too_early(stream: RawStream) -> None:
     begin_half(stream, LAST)
-    so_far = stream.receive_ahead()
+    stream.receive_ahead()
     stream.end()
-    _refused(stream.answer(so_far), "BYTE_COUNT_MISMATCH")
+    _refused(stream.answer(), "BYTE_COUNT_MISMATCH")
 
 
 def _chunk_out_of_order(stream: RawStream) -> None:
     rest = begin_half(stream, LAST)
-    so_far = stream.receive_ahead()
+    stream.receive_ahead()
     stream.chunks([TensorChunks(chunks=[TensorChunk(tensor=4, offset=0, data=b"abcd")])])
     stream.chunks(rest)  # Sent before the client knew.
     stream.end()
-    _refused(stream.answer(so_far), "CHUNK_OUT_OF_ORDER")
+    _refused(stream.answer(), "CHUNK_OUT_OF_ORDER")
 
 
 def _packed_instead(stream: RawStream) -> None:
     begin_half(stream, LAST)
-    so_far = stream.receive_ahead()
+    stream.receive_ahead()
     stream.send(packed=pb.PackedStep(step=LAST, gradients=[b"abcd"]))
-    _refused(stream.answer(so_far), "LIMIT_EXCEEDED")
+    _refused(stream.answer(), "LIMIT_EXCEEDED")
 
 
 def _step_of_the_future_instead(stream: RawStream) -> None:
     begin_half(stream, LAST)
-    so_far = stream.receive_ahead()
+    stream.receive_ahead()
     stream.begin(LAST + 5)
-    _refused(stream.answer(so_far), "STEP_OUT_OF_ORDER")
+    _refused(stream.answer(), "STEP_OUT_OF_ORDER")
 
 
-def _begun_again(stream: RawStream) -> Answer:
+def _begun_again(stream: RawStream) -> None:
     begin_half(stream, LAST)
-    return stream.receive_ahead()
+    stream.receive_ahead()
 
 
-def _begun_again_and_again(stream: RawStream) -> Answer:
+def _begun_again_and_again(stream: RawStream) -> None:
     for _ in range(5):
         begin_half(stream, LAST)
-    return Answer()
 
 
 def _last_step_again_instead(stream: RawStream) -> None:
     begin_half(stream, LAST)
-    so_far = stream.receive_ahead()
+    stream.receive_ahead()
     stream.begin(LAST - 1)
     stream.end()
-    answer = stream.answer(so_far)
+    answer = stream.answer()
     assert answer.result is not None
     assert (answer.begins, answer.result.step, answer.result.replayed) == (2, LAST - 1, True)
 
@@ -132,36 +131,35 @@ GIVES_UP = (
 )
 
 
-def _id(disturb: Callable[[RawStream], Answer | None]) -> str:
+def _id(disturb: Callable[[RawStream], None]) -> str:
     return disturb.__name__.strip("_").replace("_", "-")
 
 
 @pytest.mark.parametrize("disturb", [*ENDS_STREAM, *GIVES_UP], ids=_id)
 def test_a_step_that_is_given_up_or_refused_has_changed_nothing(
-    world: World, disturb: Callable[[RawStream], Answer | None]
+    world: World, disturb: Callable[[RawStream], None]
 ) -> None:
     local = Local()
     with world.session() as session_id:
         with world.stream(session_id) as stream:
             _stand(stream, local)
-            so_far = disturb(stream)
+            disturb(stream)
             before = list(world.driver.download(session_id).values())
             assert bytes_by_position(before) == local.bytes()
             if disturb not in ENDS_STREAM:
-                _goes_on(stream, local, so_far)
+                _goes_on(stream, local)
                 return
         world.until(lambda: world.driver.get(session_id).status.steps == LAST - 1)
         with world.reopened(session_id) as stream:
             _goes_on(stream, local)
 
 
-def _goes_on(stream: RawStream, local: Local, so_far: Answer | None = None) -> None:
+def _goes_on(stream: RawStream, local: Local) -> None:
     """Take the disturbed step, and one more: with the bits of a session that knows no trouble."""
     for step in (LAST, LAST + 1):
-        answer = stream.step(step, gradients(step), so_far)
+        answer = stream.step(step, gradients(step))
         assert answer.refusal is None
         assert answer.parameters == local.step(step)
-        so_far = None
 
 
 def _updated(world: World, session_id: str, local: Local) -> None:
@@ -194,11 +192,11 @@ def test_a_change_in_the_middle_makes_the_answer_start_afresh(
     ):
         _stand(stream, local)
         rest = begin_half(stream, LAST)
-        so_far = stream.receive_ahead()
+        stream.receive_ahead()
         change(world, session_id, local)
         stream.chunks(rest)
         stream.end()
-        answer = stream.answer(so_far)
+        answer = stream.answer()
         assert (answer.begins, answer.parameters) == (2, local.step(LAST))
         answer = stream.step(LAST + 1, gradients(LAST + 1))
         assert (answer.begins, answer.parameters) == (1, local.step(LAST + 1))
@@ -230,11 +228,11 @@ def test_what_changes_nothing_in_the_middle_does_not_disturb_the_answer(
     with world.session() as session_id, world.stream(session_id) as stream:
         _stand(stream, local)
         rest = begin_half(stream, LAST)
-        so_far = stream.receive_ahead()
+        stream.receive_ahead()
         look(world, session_id)
         stream.chunks(rest)
         stream.end()
-        answer = stream.answer(so_far)
+        answer = stream.answer()
         assert (answer.begins, answer.parameters) == (1, local.step(LAST))
 
 
@@ -242,10 +240,10 @@ def test_a_session_deleted_in_the_middle_ends_the_stream_and_leaves_nothing(worl
     tasks = world.tasks()
     with world.session() as session_id, world.stream(session_id) as stream:
         begin_half(stream, 1)
-        so_far = stream.receive_ahead()
+        stream.receive_ahead()
         world.driver.delete(session_id)
         with refused("SESSION_DELETED"):
-            stream.answer(so_far)
+            stream.answer()
     world.until(lambda: world.tasks() <= tasks)
 
 
@@ -273,10 +271,10 @@ def test_an_answer_comes_before_the_last_gradients_have_left(
             held_back = len(messages) // 5
             stream.begin(step)
             stream.chunks(messages[:-held_back])
-            so_far = stream.receive_ahead(1 << 20)  # Read before the rest is sent.
+            stream.receive_ahead(1 << 20)  # Read before the rest is sent.
             stream.chunks(messages[-held_back:])
             stream.end()
-            answer = stream.answer(so_far)
+            answer = stream.answer()
             assert (answer.begins, answer.parameters) == (1, local.step(step))
             assert answer.result is not None
             assert answer.result.step == step

@@ -36,7 +36,7 @@ class Ahead:
     """Computes and sends the parameters of one open step. Everything happens on the event loop.
 
     Made at the step's begin; received() is called as gradients arrive, finish() after the last one,
-    rest() once the step has been applied, or stop() if it has not.
+    rest() once the step has been applied, or give_up() if it is not to be; cancel() at any time.
     """
 
     def __init__(
@@ -111,22 +111,34 @@ class Ahead:
         for chunks in wire.split_parts(parts, self._limits.chunk_bytes_max):
             await transfer.in_time(self._write_counted(chunks), self._limits)
 
-    async def stop(self) -> None:
-        """Send no more: what was sent is void.
+    def give_up(self) -> None:
+        """Send no more: what was sent is void, and some of it may still be on its way."""
+        self._stopped = True
+        self._changed.set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is computed or sent any more."""
+        return self._computing.done() and self._sending.done()
+
+    async def over(self) -> None:
+        """Wait until what was given up is over.
 
         Raises:
             StalledError: The client does not read.
         """
-        self._stopped = True
-        self._changed.set()
         await self._computing
         await self._sent()
 
-    def cancel(self) -> None:
-        """Give up at once: the stream has ended."""
-        for task in (self._computing, self._sending):
+    async def cancel(self) -> None:
+        """End at once: the stream has ended."""
+        tasks = (self._computing, self._sending)
+        for task in tasks:
             task.cancel()
-            task.add_done_callback(_retrieve)
+        await asyncio.wait(tasks)  # A thread may be computing, in memory that was reserved for it.
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()  # Looked at, so that asyncio does not complain.
 
     async def _compute(self) -> None:
         try:
@@ -197,9 +209,3 @@ class Ahead:
             if not self._sending.done() and self.byte_count == before:
                 raise transfer.stalled(self._limits)
         self._sending.result()
-
-
-def _retrieve(task: asyncio.Task[None]) -> None:
-    """Look at what came of a task, so that asyncio does not complain."""
-    if not task.cancelled():
-        task.exception()

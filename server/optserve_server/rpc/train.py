@@ -110,6 +110,7 @@ class _WorkerStream:
         self._sources = encoded.ParameterSources(actor.spec.wire.parameters)
         self._step: _OpenStep | None = None
         self._ahead: Ahead | None = None
+        self._void: Ahead | None = None  # Given up, and perhaps still on its way.
         self._overlaps = False
         self._number = 0
         self._refused = False
@@ -134,8 +135,9 @@ class _WorkerStream:
                 except OptserveError as error:
                     await self._refuse(error)
         finally:
-            if self._ahead:
-                self._ahead.cancel()
+            for ahead in (self._ahead, self._void):
+                if ahead:
+                    await ahead.cancel()
 
     async def _next(self, attachment: Attachment) -> _Event | None:
         """Return the next event; None at the half-close.
@@ -174,7 +176,7 @@ class _WorkerStream:
                 raise self._out_of_order(other)
 
     async def _begin(self, begin: pb.StepBegin) -> None:
-        await self._forget_step(begin.step)
+        self._forget_step(begin.step)
         announced = None
         if not begin.every_parameter:
             announced = decode.tensor_specs(begin.gradients, self._limits, "gradients")
@@ -191,7 +193,10 @@ class _WorkerStream:
             targets = self._targets.of(contribution.targets)
             receiver = transfer.Receiver(targets, "gradients[{}]".format, self._limits)
         self._step = _OpenStep(contribution, receiver, announces=not begin.every_parameter)
-        if self._overlaps and receiver and begin.every_parameter:
+        if self._void and self._void.is_over:
+            self._void = None
+        # Whoever does not read what is void must be able to send all the same.
+        if self._overlaps and receiver and begin.every_parameter and not self._void:
             await self._begin_answer(begin.step, self._actor.session.parameters, announces=False)
             write = self._context.write
             gradients = contribution.targets
@@ -218,7 +223,7 @@ class _WorkerStream:
                 await self._ahead.rest(parameters)
                 count = self._ahead.byte_count
             else:
-                await self._stop_ahead()
+                self._give_up_answer()
                 await self._begin_answer(outcome.step, parameters, announces=step.announces)
                 sources = self._sources.whole(parameters)
                 count = await transfer.send(sources, self._context.write, self._limits)
@@ -242,7 +247,7 @@ class _WorkerStream:
     async def _take_packed(self, packed: pb.PackedStep) -> None:
         """Take a step in one event, and answer it in one."""
         started_s = time.perf_counter()
-        await self._forget_step(packed.step)
+        self._forget_step(packed.step)
         gradients = self._packed.gradients(packed)
         contribution = self._actor.begin(self._worker, packed.step, None)
         if contribution.settled is None:
@@ -268,31 +273,34 @@ class _WorkerStream:
 
     async def _take_shared(self, shared: pb.SharedStep) -> None:
         """Take a step whose gradients are here already, and whose parameters need not travel."""
-        await self._forget_step(shared.step)
+        self._forget_step(shared.step)
         absent = decode.positions(shared.absent, len(self._headers), "absent")
         contribution = self._actor.begin_shared(self._worker, shared.step, absent)
         outcome, replayed = await self._actor.commit(contribution)
         result = encode.step_result(outcome, replayed=replayed)
         await self._write(pb.TrainResponse(result=result))
 
-    async def _forget_step(self, number: int) -> None:
+    def _forget_step(self, number: int) -> None:
         """Begin afresh with another step: one that was begun and not ended is given up."""
         self._step, self._number, self._refused = None, number, False
-        await self._stop_ahead()
+        self._give_up_answer()
         self._registry.check_accepting()
 
-    async def _stop_ahead(self) -> None:
-        """Send no more of an answer that has become void."""
-        ahead, self._ahead = self._ahead, None
-        if ahead:
-            await ahead.stop()
+    def _give_up_answer(self) -> None:
+        """Send no more of what has become void; _write() waits for what is on its way."""
+        if self._ahead:
+            self._ahead.give_up()
+            self._void, self._ahead = self._ahead, None
 
     async def _write(self, response: pb.TrainResponse) -> None:
+        if self._void:
+            await self._void.over()
+            self._void = None
         await transfer.in_time(self._context.write(response), self._limits)
 
     async def _refuse(self, error: OptserveError) -> None:
         self._step, self._refused = None, True
-        await self._stop_ahead()
+        self._give_up_answer()
         self._observer.refused(status.reason_of(error))
         refused = pb.StepRefused(step=self._number, refusal=status.refusal(error))
         await self._write(pb.TrainResponse(refused=refused))
