@@ -75,6 +75,7 @@ def test_a_server_that_dies_while_gradients_are_sent_is_unavailable() -> None:
 
     with running_server() as server:
         came = asyncio.run(asyncio.wait_for(play(server), TIMEOUT_S))
+        server.process.wait(TIMEOUT_S)
     assert [type(each) for each in came] == [optserve.UnavailableError] * 6
 
 
