@@ -146,6 +146,8 @@ class SessionActor:
             raise
         finally:
             del self._attached[worker]
+            if worker not in self._shared and not self.closed:
+                self._rounds.release(worker)
             self.touch()
             if self._draining:
                 self._abandon_hopeless_round()

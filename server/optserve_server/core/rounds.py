@@ -73,6 +73,12 @@ class Rounds:
         self._staging[worker] = dict(enumerate(region.tensors))
         return region
 
+    def release(self, worker: int) -> None:
+        """Let the memory of a worker's gradients go while it has no call, unless it is needed."""
+        if not self._round.has(worker):
+            self._staging[worker] = {}
+            self._staging_of_all.pop(worker, None)
+
     def has(self, worker: int) -> bool:
         """Return whether the worker has contributed to the open round."""
         return self._round.has(worker)
