@@ -21,8 +21,8 @@ _SCALE_BYTES = 4
 _BLOCK_BYTES = _SCALE_BYTES + _BLOCK_ELEMENTS
 _CODE_MAX = 127
 _SCALE_MIN = 2.0**-126  # The smallest normal number: below it a quotient is no code.
-# Added and taken away again, it leaves the nearest integer, ties to even, for there FP32 has no room
-# for fractions. torch's round() is the same, but given to several threads however small it is.
+# Added and taken away again, it leaves the nearest integer, ties to even, for there FP32 has no
+# room for fractions. torch's round() is the same, but given to several threads however small it is.
 _ROUND = 3 * 2.0**22
 # The canonical NaNs, as numbers of int16.
 _BF16_NAN = 0x7FC0
