@@ -29,6 +29,7 @@ class Backward:
         self._session = session
         self._lock = threading.Lock()
         self._step: StepUnderWay | None = None
+        self._expected: set[str] = set()  # By the step under way.
         self._sent: dict[str, Stamp] = {}
         self._spoilt = False
         self.given_up = 0
@@ -49,8 +50,8 @@ class Backward:
             if self._spoilt:
                 return
             if self._step is None:
-                names = {name for name in self._hooks if self._mirrors[name].is_trained}
-                self._step = begin_step(self._session, names)
+                self._expected = {name for name in self._hooks if self._mirrors[name].is_trained}
+                self._step = begin_step(self._session, self._expected)
             self._sent[name] = mirror.stamp()
             self._step.put(name, *mirror.start_gradient())
 
@@ -87,8 +88,13 @@ class Backward:
 
     def _is_as_sent(self) -> bool:
         """Return whether the gradients that were sent are those that there are."""
-        return not self._spoilt and all(
-            mirror.has(self._sent.get(name, UNSTAMPED)) for name, mirror in self._mirrors.items()
+        return (
+            not self._spoilt
+            and self._sent.keys() == self._expected
+            and all(
+                mirror.has(self._sent.get(name, UNSTAMPED))
+                for name, mirror in self._mirrors.items()
+            )
         )
 
     def _forget(self) -> None:

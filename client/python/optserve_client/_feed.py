@@ -60,7 +60,7 @@ class Feed:
         """
         for _ in self.names:
             ready = self._next()
-            assert ready is not None
+            assert ready is not None, "ended before its last gradient"
             ready.wait()
             yield ready.position, ready.gradient
 
