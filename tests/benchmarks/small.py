@@ -32,9 +32,9 @@ OURS_BLOCKING = Contender(name="optserve, blocking", peer="ours")
 
 def small(conditions: Conditions) -> Findings:
     """Compare a step of a tiny model with a message there and back."""
-    contenders = [PING_PONG, OURS]
+    contenders = [PING_PONG, PING_PONG_UNARY, OURS]
     if conditions.thorough:
-        contenders += [PING_PONG_UNARY, OURS_BLOCKING, RPC_TCP, RPC_SAME_HOST]
+        contenders += [OURS_BLOCKING, RPC_TCP, RPC_SAME_HOST]
     found = compete(
         Contest(
             name="small",
@@ -51,7 +51,12 @@ def small(conditions: Conditions) -> Findings:
         comparisons=(found,),
         rows=(
             row(
-                "1 k parameters: round trip / bare ping-pong",
+                "1 k parameters: round trip / bare call",
+                at_most(1.5),
+                lambda: found.ratio(OURS.name, PING_PONG_UNARY.name),
+            ),
+            row(
+                "1 k parameters: round trip / bare message on a stream",
                 at_most(1.5),
                 lambda: found.ratio(OURS.name, PING_PONG.name),
             ),
