@@ -14,7 +14,7 @@ from drivers_grpc import StubDriver
 from messages import headers_of
 from numpy.typing import NDArray
 from refusals import refused
-from server_process import ServerProcess
+from server_process import ServerProcess, running_server
 from torch import Tensor, nn
 
 import optserve_client as optserve
@@ -39,9 +39,17 @@ FORMS = [
 
 
 @pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Iterator[Client]:
+def overlapping() -> Iterator[ServerProcess]:
+    """Start a server that answers a step while its gradients arrive, wherever it can."""
+    with running_server("--overlap", "on") as process:
+        yield process
+
+
+@pytest.fixture(scope="module", params=["server", "overlapping"])
+def client(request: pytest.FixtureRequest) -> Iterator[Client]:
     """Connect to a real server."""
-    with optserve.connect(server.address, progress=False) as connected:
+    chosen: ServerProcess = request.getfixturevalue(request.param)
+    with optserve.connect(chosen.address, progress=False) as connected:
         yield connected
 
 
@@ -121,26 +129,31 @@ def test_int8_parameters_are_as_near_as_their_last_move_is_small(
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize(("shapes", "via"), FORMS[:2])
 def test_a_step_that_is_refused_leaves_nothing_behind(
-    encoding: WireEncoding, client: Client
+    encoding: WireEncoding, shapes: dict[str, tuple[int, ...]], via: Via, client: Client
 ) -> None:
     wire = Wire(gradients=encoding, parameters=encoding)
+    last = list(shapes)[-1]  # Before it is there, much of the answer may have been sent.
 
     def run(*, disturbed: bool) -> dict[str, Floats]:
         with client.create_session(
-            values_of(SMALL, 1), optimizer=optserve.optim.Adam(lr=0.01), wire=wire
+            values_of(shapes, 1), optimizer=optserve.optim.Adam(lr=0.01), wire=wire, via=via
         ) as session:
-            for step in range(1, 8):
-                gradients = gradient_at(values_of(SMALL, 1), step)
+            for step in range(1, 5):
+                gradients = gradient_at(values_of(shapes, 1), step)
                 if disturbed:
                     for bad in (np.nan, -np.inf):
-                        broken = gradients | {"w": gradients["w"].copy()}
-                        broken["w"][3, 3] = bad
+                        broken = gradients | {last: gradients[last].copy()}
+                        broken[last][-1] = bad
                         with pytest.raises(optserve.NonFiniteGradientError):
                             session.step(broken)
                 assert not session.step(gradients).replayed
+                seen, exact = newest(session), dict(session.download())
+                for name, each in exact.items():
+                    assert np.allclose(seen[name], each, rtol=2.0**-8, atol=1e-3)
                 if disturbed:  # Nor does one that was applied before.
-                    others = gradient_at(values_of(SMALL, 1), 99)
+                    others = gradient_at(values_of(shapes, 1), 99)
                     assert session.step(others, step=step).replayed
             return dict(session.download())
 
@@ -149,7 +162,7 @@ def test_a_step_that_is_refused_leaves_nothing_behind(
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_step_whose_answer_is_lost_is_taken_again_with_the_same_bytes(
-    encoding: WireEncoding, client: Client, server: ServerProcess
+    encoding: WireEncoding, server: ServerProcess
 ) -> None:
     wire = Wire(gradients=encoding, parameters=encoding)
     impatient = ClientConfig(step_timeout_s=0.4)
@@ -157,6 +170,7 @@ def test_a_step_whose_answer_is_lost_is_taken_again_with_the_same_bytes(
     def run(lost: Sequence[int]) -> dict[str, Floats]:
         options: Any = {"optimizer": optserve.optim.SGD(lr=0.1), "wire": wire, "workers": 2}
         with (
+            optserve.connect(server.address, progress=False) as client,
             optserve.connect(server.address, config=impatient, progress=False) as hasty,
             client.create_session(values_of(SMALL, 1), **options) as other,
             ThreadPoolExecutor(1) as pool,
