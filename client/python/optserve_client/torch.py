@@ -61,7 +61,9 @@ class RemoteOptimizer:
             client: Of the server.
             overlap_backward: Whether to send each gradient as soon as the backward pass has it,
                 while it computes the others. For loops with one backward pass for each step, and
-                nothing between the two that changes gradients; see ``steps_given_up``.
+                nothing between the two that changes gradients; see ``steps_given_up``. What changes
+                them behind torch's back, through ``grad.data`` or NumPy, or as GradScaler and
+                DistributedDataParallel do, is not noticed, and the step is one with what was sent.
             options: As of ``Client.create_session``.
 
         Raises:
@@ -113,7 +115,7 @@ class RemoteOptimizer:
 
     @property
     def session(self) -> Session:
-        """The session: its status, its loss, its learning rates."""
+        """The session: its status, its loss, its learning rates. Its steps are this optimizer's."""
         return self._session
 
     @property

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from relay import relay
-from server_process import ServerProcess
+from server_process import ServerProcess, running_server
 from torch import Tensor
 from unit.client.loops import (
     WIDTH,
@@ -161,6 +161,26 @@ def test_a_connection_that_is_cut_before_the_step_costs_nothing_but_time(
             train(local, reference, seed)
         assert_same_bits(model, local)
         assert (optimizer.session.steps, optimizer.steps_given_up) == (3, 1)
+
+
+def test_a_pause_that_is_too_long_for_the_server_costs_nothing_but_time() -> None:
+    model, local = layers(), layers()
+    reference = torch.optim.SGD(local.parameters(), lr=0.1, fused=False)
+    with (
+        running_server("--stall-timeout-s", "1") as server,
+        optserve.connect(server.address, config=ClientConfig(lane="grpc")) as client,
+        remote(model, client) as optimizer,
+    ):
+        backward(model, 0)
+        backward(local, 0)
+        while threads():
+            time.sleep(0.01)
+        optimizer.step()
+        reference.step()
+        train(model, optimizer, 1)
+        train(local, reference, 1)
+        assert_same_bits(model, local)
+        assert (optimizer.session.steps, optimizer.steps_given_up) == (2, 1)
 
 
 def test_nothing_is_left_after_many_rounds(client: optserve.Client) -> None:
