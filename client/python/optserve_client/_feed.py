@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from optserve.wire import Chunk, Part, Source, split_parts
@@ -50,6 +51,9 @@ class Feed:
     def close(self) -> None:
         """Give the step up, unless it has been ended; release who waits. May be called again."""
         self._closed = True
+        with suppress(queue.Empty):  # What nobody will send need not be kept.
+            while True:
+                self._queue.get_nowait()
         self._queue.put(None)
 
     def gradients(self) -> Iterator[tuple[int, memoryview]]:

@@ -113,3 +113,5 @@ def _take(
     # Of any kind: whoever finishes the step has to know.
     except BaseException as error:  # noqa: BLE001
         outcome.set_exception(error)
+    finally:
+        del outcome  # Else it would hold the error, whose traceback holds this frame.
