@@ -15,7 +15,7 @@ from optserve_client import _exchange as exchanges
 from optserve_client._effects import Collect, Operation, ask
 from optserve_client._feed import Feed
 from optserve_client._spec import UpdateOptions, Via, update_request
-from optserve_client._steps import Steps, Taking, total_bytes
+from optserve_client._steps import StepWays, Taking, total_bytes
 from optserve_client._terms import Terms
 from optserve_client.errors import (
     DeadlineError,
@@ -46,7 +46,7 @@ class SessionOperations:
         self._via = via
         self._headers = {header.name: header for header in session.spec.parameters}
         self._values: dict[str, Array] = {}
-        self._steps = Steps(session, terms=terms, worker=worker)
+        self._ways = StepWays(session, terms=terms, worker=worker)
 
     @property
     def names(self) -> list[str]:
@@ -56,7 +56,7 @@ class SessionOperations:
     @property
     def overlaps(self) -> bool:
         """Whether it pays to send a step's gradients one by one: they fill several messages."""
-        return self._via == "stream" and not self._steps.packs
+        return self._via == "stream" and not self._ways.packs
 
     @property
     def parameters(self) -> Parameters:
@@ -123,14 +123,14 @@ class SessionOperations:
 
     def open(self) -> Operation[SessionStatus]:
         """Open the worker's stream, if it is not open, and learn where the session stands."""
-        opened = yield from self._steps.open(self.terms.config.timeout_s)
+        opened = yield from self._ways.open(self.terms.config.timeout_s)
         return opened.status if opened else (yield from self.status())
 
     def gradient_buffers(self) -> Operation[dict[str, Array]]:
         """Return the arrays that gradients are best written to."""
         if self._via == "stream":
-            yield from self._steps.open(self.terms.config.timeout_s)
-        return dict(zip(self._headers, self._steps.buffers, strict=True))
+            yield from self._ways.open(self.terms.config.timeout_s)
+        return dict(zip(self._headers, self._ways.buffers, strict=True))
 
     def step(
         self, gradients: Gradients, *, step: int | None, via: Via | None
@@ -148,12 +148,12 @@ class SessionOperations:
             if (gradient := gradients.get(name)) is not None
         ]
         tensors = [
-            self._steps.bytes_of(header, gradient, at)
+            self._ways.bytes_of(header, gradient, at)
             for at, (header, gradient) in enumerate(present)
         ]
         number = self.steps + 1 if step is None else step
         headers = [header for header, _ in present]
-        take = self._steps.unary if (via or self._via) == "unary" else self._steps.streamed
+        take = self._ways.unary if (via or self._via) == "unary" else self._ways.streamed
         return (yield from self._numbered(number, take(number, headers, tensors)))
 
     def step_from(self, feed: Feed) -> Operation[StepResult]:
@@ -164,7 +164,7 @@ class SessionOperations:
         """
         number = self.steps + 1
         try:
-            return (yield from self._numbered(number, self._steps.fed(number, feed)))
+            return (yield from self._numbered(number, self._ways.fed(number, feed)))
         finally:
             feed.close()
 
@@ -174,7 +174,7 @@ class SessionOperations:
         Raises:
             RequestError: It does not fit the parameter.
         """
-        return self._steps.bytes_of(self._headers[name], gradient, at)
+        return self._ways.bytes_of(self._headers[name], gradient, at)
 
     def _numbered(self, number: int, step: Taking) -> Operation[StepResult]:
         """Take step ``number`` in whichever way, and remember what it brought."""

@@ -28,11 +28,11 @@ Taking: TypeAlias = Operation[tuple[pb.StepResult, list[Array]]]
 """Takes a step: returns what it did, and the parameters after it, in the session's order."""
 
 
-class Steps:
-    """The steps of one worker, and what one of them leaves behind for the next."""
+class StepWays:
+    """The ways in which one worker takes its steps, and what a step leaves behind for the next."""
 
     def __init__(self, session: Session, *, terms: Terms, worker: int) -> None:
-        """Take the steps of ``worker`` in ``session``."""
+        """Take steps in ``session`` as ``worker``."""
         self._session_id = session.status.session_id
         self._worker = worker
         self._terms = terms
