@@ -203,11 +203,14 @@ class StubWorker:
         with suppress(grpc.RpcError):  # It may have been ended already, and was told so.
             self.receiver.submit(lambda: list(self._responses)).result(TIMEOUT_S)
 
+    def _next(self) -> pb.TrainResponse:
+        return next(self._responses)
+
     def _receive(self, expected: Sequence[TensorHeader] | None = None) -> StepAnswer:
         """Receive an answer that announces the parameters, or else has those that are expected."""
         begin, chunks = None, list[TensorChunks]()
         with translated():
-            while not (response := next(self._responses)).HasField("result"):
+            while not (response := self._next()).HasField("result"):
                 if response.HasField("refused"):  # Even now: what had come is void.
                     raise RefusedError.from_message(response.refused.refusal)
                 if response.HasField("begin"):

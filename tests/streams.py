@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -132,6 +133,22 @@ def raw_stream(driver: StubDriver, session_id: str) -> Iterator[RawStream]:
         yield stream
     finally:
         stream.cancel()
+
+
+@contextmanager
+def reopened_stream(driver: StubDriver, session_id: str) -> Iterator[RawStream]:
+    """Open a stream once the server has seen that the last one is gone."""
+    deadline = time.monotonic() + TIMEOUT_S / 2
+    with ExitStack() as stack:
+        while True:
+            try:
+                stream = stack.enter_context(raw_stream(driver, session_id))
+                break
+            except RefusedError as error:
+                if error.reason != "WORKER_BUSY" or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.005)
+        yield stream
 
 
 def bytes_by_position(parameters: Sequence[Tensor]) -> dict[int, bytes]:

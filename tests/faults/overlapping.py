@@ -16,9 +16,8 @@ from drivers_grpc import StubDriver
 from event_loop import TIMEOUT_S, EventLoopThread
 from google.protobuf.message import Message
 from messages import bytes_of, chunks_of
-from refusals import RefusedError
 from scenarios.models import STEPS_UNIT, spec
-from streams import RawStream, bytes_by_position, raw_stream
+from streams import RawStream, bytes_by_position, raw_stream, reopened_stream
 from torch import Tensor
 
 from optserve.v1.optimizer_pb2 import Adam
@@ -72,22 +71,8 @@ class World:
     @contextmanager
     def reopened(self, session_id: str) -> Iterator[RawStream]:
         """Open a stream once the server has seen that the last one is gone."""
-        opened: list[RawStream] = []
-
-        def open_() -> bool:
-            try:
-                opened.append(RawStream(self.driver, session_id))
-            except RefusedError as error:
-                if error.reason != "WORKER_BUSY":
-                    raise
-            return bool(opened)
-
-        self.until(open_)
-        stream = opened[0]
-        try:
+        with reopened_stream(self.driver, session_id) as stream:
             yield stream
-        finally:
-            stream.cancel()
 
     def tasks(self) -> int:
         """Count what goes on in the server."""
@@ -183,3 +168,39 @@ def slices(step: int, chunk_bytes: int = 100_003) -> list[list[TensorChunks]]:
         ]
         for position, data in enumerate(map(bytes_of, gradients(step)))
     ]
+
+
+def disturb(stream: RawStream, number: int) -> bool:
+    """Leave the first step in the middle, in one of five ways; return whether the stream stays."""
+    begin_half(stream, 1)
+    match number % 5:
+        case 0:
+            stream.receive_ahead()  # The next begin gives it up.
+        case 1:
+            pass  # And this one before anything was read.
+        case 2:
+            stream.end()
+            assert _reason(stream) == "BYTE_COUNT_MISMATCH"
+        case 3:
+            stream.begin(7)
+            assert _reason(stream) == "STEP_OUT_OF_ORDER"
+        case 4:
+            stream.receive_ahead()
+            stream.cancel()
+            return False
+    return True
+
+
+def disturb_often(driver: StubDriver, session_id: str, times: int) -> None:
+    """Disturb the first step of a session so often; then take it."""
+    numbers = iter(range(times))
+    while True:
+        with reopened_stream(driver, session_id) as stream:
+            if all(disturb(stream, number) for number in numbers):
+                assert stream.step(1, gradients(1)).parameters == Local().step(1)
+                return
+
+
+def _reason(stream: RawStream) -> str:
+    refusal = stream.answer().refusal
+    return refusal.reason if refusal else ""

@@ -1,25 +1,27 @@
-"""When steps are answered ahead, what it takes, and that it is given back."""
+"""When steps are answered ahead, what that takes, and that it is given back."""
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Sequence
 
+import pytest
 import torch
 from faults.overlapping import (
     Local,
     World,
     adam_spec,
     begin_half,
-    gradients,
+    disturb_often,
     model,
     overlapping,
 )
 from scenarios.models import spec
-from streams import RawStream
+from streams import bytes_by_position
 
 from optserve.v1.optimizer_pb2 import SGD
 from optserve.v1.session_pb2 import SessionSpec
 from optserve_server.core.limits import Limits
+from optserve_server.core.preview import PIECE_ELEMENTS, Piece, Preview
 from optserve_server.core.surroundings import Overlap
 from optserve_server.rpc.ahead import MEMORY_BYTES
 
@@ -74,50 +76,35 @@ def test_without_room_steps_are_answered_after_their_last_gradient() -> None:
                     assert reserved == (MEMORY_BYTES if ahead else 0)
 
 
-DISTURBANCES = 200
-
-
-def _disturb(stream: RawStream, number: int) -> bool:
-    """Leave a step in the middle, in one of five ways; return whether the stream is still there."""
-    begin_half(stream, 1)
-    match number % 5:
-        case 0:
-            stream.receive_ahead()  # The next begin gives it up.
-        case 1:
-            pass  # And this one before anything was read.
-        case 2:
-            stream.end()
-            assert _reason(stream) == "BYTE_COUNT_MISMATCH"
-        case 3:
-            stream.begin(7)
-            assert _reason(stream) == "STEP_OUT_OF_ORDER"
-        case 4:
-            stream.receive_ahead()
-            stream.cancel()
-            return False
-    return True
-
-
-def _reason(stream: RawStream) -> str:
-    refusal = stream.answer().refusal
-    return refusal.reason if refusal else ""
-
-
-def _disturb_often(world: World, times: int) -> None:
-    """Disturb the first step of a session so often; then take it."""
-    numbers = iter(range(times))
-    with world.session() as session_id:
-        while True:
-            with world.reopened(session_id) as stream:
-                if all(_disturb(stream, number) for number in numbers):
-                    assert stream.step(1, gradients(1)).parameters == Local().step(1)
-                    return
-
-
-def test_two_hundred_disturbed_steps_leave_no_task_and_no_thread_and_no_memory_reserved() -> None:
+def test_two_hundred_disturbed_steps_leave_no_task_and_no_memory_reserved() -> None:
     with overlapping() as world:
-        _disturb_often(world, 10)  # What comes once, and for good.
-        tasks, threads = world.tasks(), threading.active_count()
-        _disturb_often(world, DISTURBANCES)
+        tasks = world.tasks()
+        with world.session() as session_id:  # Which makes sure that no memory stays reserved.
+            disturb_often(world.driver, session_id, 200)
         world.until(lambda: world.tasks() <= tasks)
-        world.until(lambda: threading.active_count() <= threads)
+
+
+def test_no_more_is_computed_at_once_than_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches = []
+    compute = Preview.compute
+
+    def watched(self: Preview, pieces: Sequence[tuple[Piece, torch.Tensor]]) -> list[torch.Tensor]:
+        batches.append(sum(piece.last - piece.first for piece, _ in pieces))
+        return compute(self, pieces)
+
+    monkeypatch.setattr(Preview, "compute", watched)
+    # Two of them are a little less than a batch, and three are half as much again.
+    values = {str(number): torch.zeros(PIECE_ELEMENTS - 1) for number in range(7)}
+    gradients = [torch.ones_like(value) for value in values.values()]
+    with (
+        overlapping() as world,
+        world.session(spec(SGD(lr=1), parameters=values), values) as session_id,
+        world.stream(session_id) as stream,
+    ):
+        answer = stream.step(1, gradients)
+        assert answer.parameters == bytes_by_position([-each for each in gradients])
+    assert sum(batches) == 7 * (PIECE_ELEMENTS - 1), "each of them once"
+    # Of FP64 with gradients, state and temporaries, 7 of each; beside them, 16 MiB may wait.
+    assert max(batches) * 8 * 7 <= MEMORY_BYTES - 16 * MIB

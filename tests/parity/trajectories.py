@@ -1,11 +1,11 @@
-"""Fifty steps of a small model, through a session and by torch alone."""
+"""Some steps of a model, through a session and by torch alone."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from drivers import Driver, take
@@ -15,19 +15,38 @@ from torch import Tensor
 
 from optserve.v1.session_pb2 import ParameterGroup, Session, SessionSpec
 
-STEPS = 50
-EPOCH_STEPS = 8  # So that the last epoch is not full.
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
-SHAPES: Mapping[str, tuple[int, ...]] = {
-    "scale": (),
-    "layer.weight": (7, 9),
-    "layer.bias": (9,),
-    "empty": (0, 3),
-    "head.weight": (33, 3),
-    "head.bias": (1,),
-    "one": (1, 1, 1),
-}
-HEAD = ("head.weight", "head.bias", "one")  # The second group.
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Course:
+    """A model, and how many steps it takes."""
+
+    steps: int
+    epoch_steps: int
+    """No divisor of the steps, so that the last epoch is not full."""
+    shapes: Shapes
+    head: tuple[str, ...]
+    """The second group."""
+    gaps: bool
+    """Whether now and then, also at first, a gradient is absent."""
+
+
+SMALL = Course(
+    steps=50,
+    epoch_steps=8,
+    shapes={
+        "scale": (),
+        "layer.weight": (7, 9),
+        "layer.bias": (9,),
+        "empty": (0, 3),
+        "head.weight": (33, 3),
+        "head.bias": (1,),
+        "one": (1, 1, 1),
+    },
+    head=("head.weight", "head.bias", "one"),
+    gaps=True,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,26 +57,30 @@ class Trajectory:
     parameters: list[dict[str, Tensor]]
 
 
-def initial_parameters(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def initial_parameters(
+    dtype: torch.dtype = torch.float32, course: Course = SMALL
+) -> dict[str, Tensor]:
     """Return the same values each time."""
     generator = torch.Generator().manual_seed(1)
     return {
         name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        for name, shape in SHAPES.items()
+        for name, shape in course.shapes.items()
     }
 
 
 @functools.cache
-def gradients_of_steps(dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
-    """Return the same gradients each time; now and then, also at first, one of them is absent."""
+def gradients_of_steps(
+    dtype: torch.dtype = torch.float32, course: Course = SMALL
+) -> list[dict[str, Tensor]]:
+    """Return the same gradients each time."""
     generator = torch.Generator().manual_seed(2)
     return [
         {
             name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-            for position, (name, shape) in enumerate(SHAPES.items())
-            if (step + position) % 5 != 0
+            for position, (name, shape) in enumerate(course.shapes.items())
+            if not course.gaps or (step + position) % 5 != 0
         }
-        for step in range(1, STEPS + 1)
+        for step in range(1, course.steps + 1)
     ]
 
 
@@ -66,11 +89,13 @@ def spec_of(
     scheduler: SchedulerCase | None,
     groups: int,
     dtype: torch.dtype = torch.float32,
+    course: Course = SMALL,
 ) -> SessionSpec:
     """Return the spec of a session with one group, or with two."""
-    head = ParameterGroup(name="head", parameters=HEAD, overrides=optimizer.message(optimizer.own))
+    own = optimizer.message(optimizer.own)
+    head = ParameterGroup(name="head", parameters=course.head, overrides=own)
     return SessionSpec(
-        parameters=headers_of(initial_parameters(dtype)),
+        parameters=headers_of(initial_parameters(dtype, course)),
         optimizer=optimizer.message(optimizer.hyperparameters),
         groups=[head] if groups == 2 else [],
         scheduler=scheduler.message(groups) if scheduler else None,
@@ -82,17 +107,18 @@ def served(
     session: Session,
     scheduler: SchedulerCase | None,
     dtype: torch.dtype = torch.float32,
+    course: Course = SMALL,
 ) -> Trajectory:
     """Take the steps through a session."""
     session_id = session.status.session_id
     rates, parameters = [], []
     with driver.worker(session_id) as worker:
-        for step, gradients in enumerate(gradients_of_steps(dtype), start=1):
+        for step, gradients in enumerate(gradients_of_steps(dtype, course), start=1):
             answer = take(worker, step, gradients)
             rates.append(answer.rates)
             parameters.append(answer.parameters)
-            if scheduler and scheduler.counts_epochs and step % EPOCH_STEPS == 0:
-                driver.end_epoch(session_id, step // EPOCH_STEPS)
+            if scheduler and scheduler.counts_epochs and step % course.epoch_steps == 0:
+                driver.end_epoch(session_id, step // course.epoch_steps)
     return Trajectory(rates=rates, parameters=parameters)
 
 
@@ -102,6 +128,7 @@ def local(
     hyperparameters: Mapping[str, Mapping[str, Any]],
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    course: Course = SMALL,
 ) -> Trajectory:
     """Take the same steps with torch alone.
 
@@ -111,9 +138,13 @@ def local(
         hyperparameters: Of each group, by its name.
         dtype: Of parameters and gradients.
         device: Where they live; what is returned lives on the CPU.
+        course: Which model, and how many steps.
     """
-    model = {name: value.to(device) for name, value in initial_parameters(dtype).items()}
-    members = {"default": [name for name in model if name not in HEAD], "head": list(HEAD)}
+    model = {name: value.to(device) for name, value in initial_parameters(dtype, course).items()}
+    members = {
+        "default": [name for name in model if name not in course.head],
+        "head": list(course.head),
+    }
     if "head" not in hyperparameters:
         members["default"] = list(model)
     torch_optimizer = optimizer.torch_class(
@@ -125,7 +156,7 @@ def local(
     )
     torch_scheduler = scheduler.build(torch_optimizer) if scheduler else None
     rates, parameters = [], []
-    for step, gradients in enumerate(gradients_of_steps(dtype), start=1):
+    for step, gradients in enumerate(gradients_of_steps(dtype, course), start=1):
         rates.append(
             dict(zip(hyperparameters, [g["lr"] for g in torch_optimizer.param_groups], strict=True))
         )
@@ -134,7 +165,7 @@ def local(
         if (
             torch_scheduler
             and scheduler
-            and (not scheduler.counts_epochs or step % EPOCH_STEPS == 0)
+            and (not scheduler.counts_epochs or step % course.epoch_steps == 0)
         ):
             torch_scheduler.step()
     return Trajectory(rates=rates, parameters=parameters)

@@ -164,10 +164,10 @@ class Ahead:
             return []
         pieces, elements = [], 0
         for piece in self._ready:
-            if elements >= _BATCH_ELEMENTS:
+            elements += piece.last - piece.first
+            if elements > _BATCH_ELEMENTS:
                 break
             pieces.append(piece)
-            elements += piece.last - piece.first
         if elements < _BATCH_ELEMENTS and not self._complete:
             return []
         del self._ready[: len(pieces)]
