@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from optserve_server.core.errors import (
 )
 from optserve_server.core.events import LossEvaluated, SessionOpened, StepApplied
 from optserve_server.core.losses import LossOutcome
-from optserve_server.core.preview import Piece, Preview
+from optserve_server.core.preview import Preview
 from optserve_server.core.region import Region
 from optserve_server.core.round import Contribution
 from optserve_server.core.rounds import Rounds
@@ -216,18 +216,18 @@ class SessionActor:
         present = [each for each in range(len(self._positions)) if each not in missing]
         return self._rounds.begin(worker, step, present if missing else None)
 
-    async def preview(
-        self, preview: Preview, pieces: Sequence[tuple[Piece, Tensor]]
-    ) -> list[Tensor] | None:
-        """Compute pieces of a step ahead of it; None if the session has changed meanwhile.
+    async def preview(self, preview: Preview, work: Callable[[], None]) -> bool:
+        """Run ``work``, which computes with a preview, in a thread, while the session stays still.
 
-        See Preview.compute.
+        Returns:
+            Whether it was done: not if the session has changed since the preview was made.
         """
         async with self.work.lock.shared():
             self.check_open()
             if preview.is_void:
-                return None
-            return await self.work.run(lambda: preview.compute(pieces))
+                return False
+            await self.work.run(work)
+            return True
 
     async def commit(self, contribution: Contribution) -> tuple[StepOutcome, bool]:
         """Contribute what was received, and wait for the step; see Rounds.commit."""

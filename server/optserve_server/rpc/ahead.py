@@ -7,6 +7,7 @@ only once the step's result has come, and the session does not know of them.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from torch import Tensor
@@ -22,6 +23,8 @@ from optserve_server.rpc.encoded import ParameterSources
 _BATCH_ELEMENTS = 1 << 19
 # What may wait to be sent: 16 MiB of FP64. The rest is sent after the step.
 _WAITING_ELEMENTS_MAX = 1 << 21
+# After so many, whoever wants to change the session gets a turn.
+_BATCHES_AT_A_TIME = 16
 
 MEMORY_BYTES = 48 << 20
 """What it takes at most.
@@ -63,9 +66,12 @@ class Ahead:
         self._write = write
         self._limits = limits
         self._coming = [list(reversed(pieces or ())) for pieces in self._preview.pieces]
-        self._ready: list[Piece] = []  # Their gradients are there.
+        self._ready: deque[Piece] = deque()  # Their gradients are there.
+        # How many elements have become ready, been taken, and been sent; each is counted by one
+        # thread only.
+        self._ready_elements = self._taken_elements = self._sent_elements = 0
         self._waiting: asyncio.Queue[_Batch | None] = asyncio.Queue()
-        self._waiting_elements = 0
+        self._loop = asyncio.get_running_loop()
         self._computed = [0] * len(gradients)  # How many elements of each parameter.
         self._changed = asyncio.Event()
         self._complete = False  # No more gradients will come.
@@ -79,7 +85,9 @@ class Ahead:
         """Note how many elements of a gradient are there."""
         coming = self._coming[position]
         while coming and coming[-1].last <= element_count:
-            self._ready.append(coming.pop())
+            piece = coming.pop()
+            self._ready.append(piece)
+            self._ready_elements += piece.last - piece.first
             self._changed.set()
 
     async def finish(self) -> None:
@@ -143,13 +151,9 @@ class Ahead:
     async def _compute(self) -> None:
         try:
             while not self._stopped:
-                if pieces := self._take():
-                    gradients = [self._gradients[piece.position] for piece in pieces]
-                    batch = list(zip(pieces, gradients, strict=True))
-                    values = await self._actor.preview(self._preview, batch)
-                    if values is None:
+                if self._is_worth_computing():
+                    if not await self._actor.preview(self._preview, self._compute_ready):
                         return
-                    self._pass_on(pieces, values)
                 elif self._complete:
                     return
                 else:
@@ -158,25 +162,42 @@ class Ahead:
         finally:
             self._waiting.put_nowait(None)
 
+    def _is_worth_computing(self) -> bool:
+        """Whether there is enough to compute, and room for it."""
+        ready = self._ready_elements - self._taken_elements
+        waiting = self._taken_elements - self._sent_elements
+        enough = ready >= _BATCH_ELEMENTS or (self._complete and ready > 0)
+        return enough and waiting < _WAITING_ELEMENTS_MAX and not self._stopped
+
+    def _compute_ready(self) -> None:
+        """Compute one batch after the other, in a thread: each way there and back takes its time.
+
+        On a busy event loop the ways take longer than what is computed.
+        """
+        for _ in range(_BATCHES_AT_A_TIME):
+            if not self._is_worth_computing():
+                return
+            pieces = self._take()
+            values = self._preview.compute(
+                [(piece, self._gradients[piece.position]) for piece in pieces]
+            )
+            self._loop.call_soon_threadsafe(self._pass_on, pieces, values)
+
     def _take(self) -> list[Piece]:
-        """Return what is worth to be computed now."""
-        if self._waiting_elements >= _WAITING_ELEMENTS_MAX:
-            return []
-        pieces, elements = [], 0
-        for piece in self._ready:
-            elements += piece.last - piece.first
+        """Return the pieces of a batch."""
+        pieces = [self._ready.popleft()]
+        elements = pieces[0].last - pieces[0].first
+        while self._ready:
+            elements += self._ready[0].last - self._ready[0].first
             if elements > _BATCH_ELEMENTS:
                 break
-            pieces.append(piece)
-        if elements < _BATCH_ELEMENTS and not self._complete:
-            return []
-        del self._ready[: len(pieces)]
+            pieces.append(self._ready.popleft())
+        self._taken_elements += sum(piece.last - piece.first for piece in pieces)
         return pieces
 
     def _pass_on(self, pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
         for piece in pieces:
             self._computed[piece.position] = piece.last
-            self._waiting_elements += piece.last - piece.first
         self._waiting.put_nowait(list(zip(pieces, values, strict=True)))
 
     async def _send(self) -> None:
@@ -186,7 +207,7 @@ class Ahead:
                     return
                 # For as long as gradients come, the client may have its reasons not to read.
                 await self._write_counted(chunks)
-            self._waiting_elements -= sum(piece.last - piece.first for piece, _ in batch)
+            self._sent_elements += sum(piece.last - piece.first for piece, _ in batch)
             self._changed.set()
 
     def _parts(self, batch: _Batch) -> Iterator[wire.Part]:
