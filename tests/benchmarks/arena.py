@@ -143,17 +143,33 @@ class _Worker:
         return str(self._answer().get("skipped", ""))
 
     def steps(self, steps: range) -> tuple[float, ...]:
-        """Let it take these steps; return the seconds that each took."""
-        return tuple(self._ask({"steps": [steps.start, steps.stop]})["times_s"])
+        """Let it take these steps; return the seconds that each took.
+
+        Then it is stopped, with all its processes, until it is asked again: some wait by looking
+        all the time whether something has come, and would take a core from those whose turn it is.
+        """
+        self.resume()
+        times_s = tuple(self._ask({"steps": [steps.start, steps.stop]})["times_s"])
+        self._signal(signal.SIGSTOP)
+        return times_s
+
+    def resume(self) -> None:
+        """Let its processes run."""
+        self._signal(signal.SIGCONT)
 
     def parameters(self) -> dict[str, Any]:
         """Return what it has come to."""
+        self.resume()
         # On disk: a pipe would carry them no better, and a reader can map them.
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             path = Path(folder, "parameters.npz")
             self._ask({"save": str(path)})
             with np.load(path) as arrays:
                 return dict(arrays)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -189,9 +205,11 @@ def _running(job: Job, prefix: Sequence[str]) -> Iterator[_Worker]:
                 start_new_session=True,  # Ctrl-C in the terminal is for us; its servers go with it.
             )
         with process:  # Closes the pipes.
+            worker = _Worker(job, process, log)
             try:
-                yield _Worker(job, process, log)
+                yield worker
             finally:
+                worker.resume()
                 _end(process)
 
 
