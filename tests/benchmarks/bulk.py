@@ -31,6 +31,12 @@ RAW_IN_TURN = Contender(
     options={"flow": "in-turn"},
     outcome=Outcome(trained=False),
 )
+BARE_STREAM = Contender(
+    name="bare grpc.aio stream",
+    peer="ping_pong",
+    options={"call": "stream"},
+    outcome=Outcome(trained=False),
+)
 RPC_TCP = Contender(name="torch RPC, TCP", peer="torch_rpc", options={"channels": "tcp"})
 RPC_SAME_HOST = Contender(
     name="torch RPC, same host", peer="torch_rpc", options={"channels": "same-host"}
@@ -55,7 +61,7 @@ OURS_SHM = Contender(name="optserve, shared memory", peer="ours", options={"lane
 
 def loopback(conditions: Conditions) -> Findings:
     """Compare a step over loopback TCP with the peers'."""
-    contenders = [LOCAL, RAW, OURS, OURS_BF16, RPC_TCP, RAY, NAIVE]
+    contenders = [LOCAL, RAW, BARE_STREAM, OURS, OURS_BF16, RPC_TCP, RAY, NAIVE]
     if conditions.thorough:
         contenders += [RAW_IN_TURN, OURS_INT8]
     found = compete(

@@ -1,6 +1,7 @@
 """The floor of gRPC in Python: the same bytes through a bare grpc.aio call, and nothing else.
 
-The option ``call`` is "stream", a message each way on one long stream, or "unary".
+The option ``call`` is "stream", messages of up to 1 MiB on one long stream, first all of them there
+and then all of them back, or "unary".
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from benchmarks.job import Job, serving
 from benchmarks.model import Tensors
 
 _SERVICE = "bench.PingPong"
+_MESSAGE_BYTES = 1 << 20
 
 _Unary: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 _Stream: TypeAlias = "grpc.aio.StreamStreamMultiCallable[bytes, bytes]"
@@ -43,10 +45,10 @@ class PingPongPeer:
     def __init__(self, job: Job, runner: asyncio.Runner) -> None:
         model = job.model()
         self._shapes = model.shapes
-        self._gradients = [_joined(each) for each in model.gradient_sets()]
+        self._gradients = [_messages(each) for each in model.gradient_sets()]
         self._call = job.options["call"]
         self._runner = runner
-        self._answer = b""
+        self._answer: list[bytes] = []
 
     async def open(self, address: str) -> None:
         """Connect, and begin the stream."""
@@ -64,7 +66,7 @@ class PingPongPeer:
         return self._runner.run(self._run(steps))
 
     def parameters(self) -> Tensors:
-        flat = np.frombuffer(self._answer, dtype=np.float32)
+        flat = np.frombuffer(b"".join(self._answer), dtype=np.float32)
         sizes = [int(np.prod(shape)) for shape in self._shapes.values()]
         parts = np.split(flat, np.cumsum(sizes)[:-1])
         return {
@@ -78,25 +80,35 @@ class PingPongPeer:
             gradients = self._gradients[number % len(self._gradients)]
             start = time.perf_counter()
             if self._call == "stream":
-                await self._stream.write(gradients)
-                answer = await self._stream.read()
-                assert isinstance(answer, bytes)  # And not the end of the stream.
-                self._answer = answer
+                for message in gradients:
+                    await self._stream.write(message)
+                self._answer = [await self._next() for _ in gradients]
             else:
-                self._answer = await self._unary(gradients)
+                (message,) = gradients
+                self._answer = [await self._unary(message)]
             times.append(time.perf_counter() - start)
         return times
 
+    async def _next(self) -> bytes:
+        message = await self._stream.read()
+        assert isinstance(message, bytes)  # And not the end of the stream.
+        return message
+
 
 async def _serve(job: Job, announce: Callable[[str], None]) -> None:
-    answer = _joined(job.model().initial())
+    answer = _messages(job.model().initial())
 
     async def unary(_request: bytes, _context: object) -> bytes:
-        return answer
+        (message,) = answer
+        return message
 
     async def stream(requests: AsyncIterator[bytes], _context: object) -> AsyncIterator[bytes]:
+        received = 0
         async for _ in requests:
-            yield answer
+            received += 1
+            if received % len(answer) == 0:
+                for message in answer:
+                    yield message
 
     server = grpc.aio.server()
     handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
@@ -110,5 +122,6 @@ async def _serve(job: Job, announce: Callable[[str], None]) -> None:
     await server.wait_for_termination()
 
 
-def _joined(tensors: Tensors) -> bytes:
-    return b"".join(tensor.tobytes() for tensor in tensors.values())
+def _messages(tensors: Tensors) -> list[bytes]:
+    data = b"".join(tensor.tobytes() for tensor in tensors.values())
+    return [data[at : at + _MESSAGE_BYTES] for at in range(0, len(data), _MESSAGE_BYTES)]
