@@ -8,9 +8,11 @@ to where it belongs. Everything but the canonical form of a `chunks` event is le
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
 from optserve.v1.tensor_pb2 import TensorChunks
 from optserve.wire import Chunk
@@ -24,6 +26,11 @@ _TENSOR_TAG = 1 << 3
 _OFFSET_TAG = 2 << 3
 _DATA_TAG = 3 << 3 | 2
 _VARINT_BYTES_MAX = 10
+
+
+def codec_of(message: Descriptor) -> ChunkCodec[Any] | None:
+    """Return the codec of the events of a stream that carries tensors; None for other messages."""
+    return ChunkCodec(GetMessageClass(message)) if "chunks" in message.fields_by_name else None
 
 
 class ChunkCodec(Generic[EventT]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.arena import Contender, Contest, compete
-from benchmarks.bulk import RPC_SAME_HOST, RPC_TCP
+from benchmarks.bulk import BARE_STREAM, RPC_SAME_HOST, RPC_TCP
 from benchmarks.conditions import Conditions
 from benchmarks.figures import Findings, at_most, row
 from benchmarks.training import Outcome
@@ -14,12 +14,6 @@ PARAMETERS = 1_000
 STEPS = 200  # In a round: a step takes about a millisecond.
 WARMUP_STEPS = 50
 
-PING_PONG = Contender(
-    name="grpc.aio ping-pong, stream",
-    peer="ping_pong",
-    options={"call": "stream"},
-    outcome=Outcome(trained=False),
-)
 PING_PONG_UNARY = Contender(
     name="grpc.aio ping-pong, unary",
     peer="ping_pong",
@@ -32,7 +26,7 @@ OURS_BLOCKING = Contender(name="optserve, blocking", peer="ours")
 
 def small(conditions: Conditions) -> Findings:
     """Compare a step of a tiny model with a message there and back."""
-    contenders = [PING_PONG, PING_PONG_UNARY, OURS]
+    contenders = [BARE_STREAM, PING_PONG_UNARY, OURS]
     if conditions.thorough:
         contenders += [OURS_BLOCKING, RPC_TCP, RPC_SAME_HOST]
     found = compete(
@@ -58,7 +52,7 @@ def small(conditions: Conditions) -> Findings:
             row(
                 "1 k parameters: round trip / bare message on a stream",
                 at_most(1.5),
-                lambda: found.ratio(OURS.name, PING_PONG.name),
+                lambda: found.ratio(OURS.name, BARE_STREAM.name),
             ),
         ),
     )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 import grpc
-from google.protobuf.descriptor import Descriptor
-from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from optserve.codec import ChunkCodec
+from optserve.codec import codec_of
 from optserve.limits import MESSAGE_BYTES_MAX
 from optserve.v1.optimizer_service_pb2 import DESCRIPTOR
 from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
@@ -48,33 +46,17 @@ def stub_of(
     """Return the stub of a channel, whose streams of tensors take and give lists of chunks."""
     stub = OptimizerServiceStub(channel)
     for method in _SERVICE.methods:
-        request, response = method.input_type, method.output_type
-        if not (_has_chunks(request) or _has_chunks(response)):
+        encoder, decoder = codec_of(method.input_type), codec_of(method.output_type)
+        if not (encoder or decoder):
             continue
         kind = ("stream" if method.client_streaming else "unary") + (
             "_stream" if method.server_streaming else "_unary"
         )
+        request, response = map(GetMessageClass, (method.input_type, method.output_type))
         call = getattr(channel, kind)(
             f"/{_SERVICE.full_name}/{method.name}",
-            request_serializer=_codec(request).encode,
-            response_deserializer=_codec(response).decode,
+            request_serializer=encoder.encode if encoder else request.SerializeToString,
+            response_deserializer=decoder.decode if decoder else response.FromString,
         )
         setattr(stub, method.name, call)
     return stub
-
-
-class _MessageCodec:
-    """Encodes and decodes messages without chunks, as the generated stub does."""
-
-    def __init__(self, message: type[Message]) -> None:
-        self.encode = message.SerializeToString
-        self.decode = message.FromString
-
-
-def _codec(message: Descriptor) -> ChunkCodec[Any] | _MessageCodec:
-    kind = GetMessageClass(message)
-    return ChunkCodec(kind) if _has_chunks(message) else _MessageCodec(kind)
-
-
-def _has_chunks(message: Descriptor) -> bool:
-    return "chunks" in message.fields_by_name

@@ -33,6 +33,11 @@ class Piece:
     last: int
     """One more than the number of the last element."""
 
+    @property
+    def element_count(self) -> int:
+        """How many elements they are."""
+        return self.last - self.first
+
 
 def cut(position: int, parameter: Tensor, *, fused: bool) -> list[Piece] | None:
     """Return the pieces of a parameter, in order; None if it cannot be had in pieces.
@@ -135,7 +140,7 @@ def _part(tensor: Tensor, parameter: Tensor, piece: Piece) -> Tensor:
 
     A whole tensor keeps its shape: torch counts steps in tensors that have none.
     """
-    if tensor.shape != parameter.shape or piece.last - piece.first == parameter.numel():
+    if tensor.shape != parameter.shape or piece.element_count == parameter.numel():
         return tensor
     return tensor.view(-1)[piece.first : piece.last]
 

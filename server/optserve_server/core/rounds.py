@@ -67,8 +67,7 @@ class Rounds:
         """
         if self._round.has(worker):
             raise RegionUnavailableError("the open round holds the worker's gradients")
-        self._staging[worker] = {}
-        self._staging_of_all.pop(worker, None)
+        self.release(worker)
         region = Region(self._session.spec.parameters, read_only=False)
         self._staging[worker] = dict(enumerate(region.tensors))
         return region

@@ -87,7 +87,7 @@ class Ahead:
         while coming and coming[-1].last <= element_count:
             piece = coming.pop()
             self._ready.append(piece)
-            self._ready_elements += piece.last - piece.first
+            self._ready_elements += piece.element_count
             self._changed.set()
 
     async def finish(self) -> None:
@@ -186,13 +186,13 @@ class Ahead:
     def _take(self) -> list[Piece]:
         """Return the pieces of a batch."""
         pieces = [self._ready.popleft()]
-        elements = pieces[0].last - pieces[0].first
+        elements = pieces[0].element_count
         while self._ready:
-            elements += self._ready[0].last - self._ready[0].first
+            elements += self._ready[0].element_count
             if elements > _BATCH_ELEMENTS:
                 break
             pieces.append(self._ready.popleft())
-        self._taken_elements += sum(piece.last - piece.first for piece in pieces)
+        self._taken_elements += sum(piece.element_count for piece in pieces)
         return pieces
 
     def _pass_on(self, pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
@@ -207,7 +207,7 @@ class Ahead:
                     return
                 # For as long as gradients come, the client may have its reasons not to read.
                 await self._write_counted(chunks)
-            self._sent_elements += sum(piece.last - piece.first for piece, _ in batch)
+            self._sent_elements += sum(piece.element_count for piece, _ in batch)
             self._changed.set()
 
     def _parts(self, batch: _Batch) -> Iterator[wire.Part]:

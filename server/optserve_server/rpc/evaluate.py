@@ -13,7 +13,7 @@ from optserve.limits import MESSAGE_HEADROOM_BYTES
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.wire import Chunk
 from optserve_server.core.actor import SessionActor
-from optserve_server.core.errors import EventOutOfOrderError, LimitExceededError, MissingFieldError
+from optserve_server.core.errors import LimitExceededError, MissingFieldError
 from optserve_server.core.events import Direction
 from optserve_server.core.losses import LossOutcome
 from optserve_server.core.registry import SessionRegistry
@@ -71,12 +71,7 @@ async def evaluate_stream(
         OptserveError: It does not fit the session's loss.
     """
     limits = registry.limits
-    first = await transfer.first(requests, "begin", limits)
-    if isinstance(first, list) or first.WhichOneof("event") != "begin":
-        raise EventOutOfOrderError(
-            "an evaluation begins with `begin`", field="event", expected="begin"
-        )
-    begin = first.begin
+    begin = (await transfer.first(requests, "an evaluation", "begin", limits)).begin
     actor = registry.find(begin.session_id)
     _check_there(begin, "begin.")
     specs = [
@@ -88,9 +83,7 @@ async def evaluate_stream(
     ):
         received = [registry.surroundings.device.staging(spec) for spec in specs]
         receiver = transfer.Receiver(transfer.buffers(received), _field_of, limits)
-        while (request := await transfer.next_or_none(requests, limits)) is not None:
-            receiver.add(transfer.chunks_of(request))
-        receiver.finish()
+        await transfer.receive(requests, receiver, limits)
         outcome = await _evaluate(actor, begin, received[0], received[1], registry)
         tensors = _tensors(outcome)
         evaluated = pb.LossEvaluated(

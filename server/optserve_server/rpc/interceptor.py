@@ -15,10 +15,9 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import grpc
-from google.protobuf.descriptor import Descriptor, MethodDescriptor, ServiceDescriptor
-from google.protobuf.message_factory import GetMessageClass
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 
-from optserve.codec import ChunkCodec, unwrapped
+from optserve.codec import codec_of, unwrapped
 from optserve_server.core.errors import MalformedMessageError, OptserveError
 from optserve_server.core.events import Observer, RpcKind, RpcMethod
 from optserve_server.rpc import status
@@ -44,8 +43,8 @@ class Boundary(grpc.aio.ServerInterceptor):
     def __init__(self, service: ServiceDescriptor, observer: Observer) -> None:
         """Watch ``service`` and tell ``observer``."""
         self._methods = {f"/{each.service}/{each.method}": each for each in methods_of(service)}
-        self._codecs = {each.name: _codec_of(each.input_type) for each in service.methods}
-        self._answer_codecs = {each.name: _codec_of(each.output_type) for each in service.methods}
+        self._codecs = {each.name: codec_of(each.input_type) for each in service.methods}
+        self._answer_codecs = {each.name: codec_of(each.output_type) for each in service.methods}
         self._observer = observer
 
     async def intercept_service(
@@ -140,11 +139,6 @@ def _checked(method: RpcMethod, request: Any) -> Any:
         return request
     check_known(request)
     return unwrapped(request) if "chunks" in request.DESCRIPTOR.fields_by_name else request
-
-
-def _codec_of(message: Descriptor) -> ChunkCodec[Any] | None:
-    """Return the codec of the events of a stream that carries tensors; None for other messages."""
-    return ChunkCodec(GetMessageClass(message)) if "chunks" in message.fields_by_name else None
 
 
 def _kind(method: MethodDescriptor) -> RpcKind:

@@ -11,7 +11,6 @@ from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.wire import Chunk
 from optserve_server.core.actor import SessionActor
 from optserve_server.core.errors import (
-    EventOutOfOrderError,
     InvalidNameError,
     MissingFieldError,
     UnknownNameError,
@@ -32,11 +31,9 @@ async def upload(
         OptserveError: Something about it is not allowed. Nothing was changed.
     """
     limits, observer = registry.limits, registry.surroundings.observer
-    begin = await transfer.first(requests, "begin", limits)
-    if isinstance(begin, list) or begin.WhichOneof("event") != "begin":
-        raise EventOutOfOrderError("an upload begins with `begin`", field="event", expected="begin")
-    actor = registry.find(begin.begin.session_id)
-    specs = decode.tensor_specs(begin.begin.parameters, limits, "begin.parameters")
+    begin = (await transfer.first(requests, "an upload", "begin", limits)).begin
+    actor = registry.find(begin.session_id)
+    specs = decode.tensor_specs(begin.parameters, limits, "begin.parameters")
     if not specs:
         raise MissingFieldError(
             "the upload announces no parameter", field="begin.parameters", expected="a parameter"
@@ -47,9 +44,7 @@ async def upload(
         values = [registry.surroundings.device.staging(spec) for spec in specs]
         targets = transfer.buffers(values)
         receiver = transfer.Receiver(targets, "begin.parameters[{}]".format, limits)
-        while (request := await transfer.next_or_none(requests, limits)) is not None:
-            receiver.add(transfer.chunks_of(request))
-        receiver.finish()
+        await transfer.receive(requests, receiver, limits)
         observer.bytes_moved(Direction.RECEIVED, count)
         await actor.set_parameters(dict(zip(positions, values, strict=True)))
     return actor

@@ -47,18 +47,15 @@ async def train(requests: _Requests, context: _Context, registry: SessionRegistr
     Raises:
         OptserveError: The stream cannot be opened, or cannot go on.
     """
-    first = await transfer.first(requests, "open", registry.limits)
-    if isinstance(first, list) or first.WhichOneof("event") != "open":
-        raise EventOutOfOrderError("a stream begins with `open`", field="event", expected="open")
-    actor = registry.find(first.open.session_id)
-    with actor.attach(first.open.worker) as attachment:
+    opening = (await transfer.first(requests, "a stream", "open", registry.limits)).open
+    actor = registry.find(opening.session_id)
+    with actor.attach(opening.worker) as attachment:
         offer = None
-        if first.open.shared_memory:
-            peer = context.peer()
-            offer = await shared_memory.offer(registry, actor, first.open.worker, peer)
+        if opening.shared_memory:
+            offer = await shared_memory.offer(registry, actor, opening.worker, context.peer())
         opened = pb.TrainOpened(status=encode.session_status(actor), shared_memory=offer)
         await context.write(pb.TrainResponse(opened=opened))
-        stream = _WorkerStream(requests, context, actor, first.open.worker, registry)
+        stream = _WorkerStream(requests, context, actor, opening.worker, registry)
         with _room_ahead(registry, actor, context.peer()) as overlaps:
             await stream.run(attachment, overlaps=overlaps)
 

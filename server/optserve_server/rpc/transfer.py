@@ -21,6 +21,7 @@ from optserve_server.core.limits import Limits
 from optserve_server.core.tensors import byte_view
 
 _T = TypeVar("_T")
+_MessageT = TypeVar("_MessageT", bound=Message)
 
 
 class Views:
@@ -114,22 +115,36 @@ class Receiver:
         )
 
 
-def chunks_of(event: Message | list[wire.Chunk]) -> list[wire.Chunk]:
-    """Return the chunks that an event is.
+async def receive(
+    events: AsyncIterator[Message | list[wire.Chunk]], receiver: Receiver, limits: Limits
+) -> None:
+    """Fill a receiver with chunks until the client half-closes.
 
     Raises:
-        EventOutOfOrderError: It is another event.
+        EventOutOfOrderError: Another event came.
+        StalledError: The next one did not come in time.
+        OptserveError: As of Receiver.
     """
-    if not isinstance(event, list):
-        raise EventOutOfOrderError("chunks follow `begin`", field="event", expected="chunks")
-    return event
+    while (event := await next_or_none(events, limits)) is not None:
+        if not isinstance(event, list):
+            raise EventOutOfOrderError("chunks follow `begin`", field="event", expected="chunks")
+        receiver.add(event)
+    receiver.finish()
 
 
-async def first(events: AsyncIterator[_T], wanted: str, limits: Limits) -> _T:
+async def first(
+    events: AsyncIterator[_MessageT | list[wire.Chunk]], what: str, wanted: str, limits: Limits
+) -> _MessageT:
     """Return the first event of a stream.
 
+    Args:
+        events: Of the stream.
+        what: The stream, for errors: "an upload".
+        wanted: Name of the event that it begins with.
+        limits: In force.
+
     Raises:
-        EventOutOfOrderError: The stream ended before it.
+        EventOutOfOrderError: It is another one, or the stream ended before it.
         StalledError: It did not come in time.
     """
     event = await next_or_none(events, limits)
@@ -139,6 +154,8 @@ async def first(events: AsyncIterator[_T], wanted: str, limits: Limits) -> _T:
             field="event",
             expected=wanted,
         )
+    if isinstance(event, list) or event.WhichOneof("event") != wanted:
+        raise EventOutOfOrderError(f"{what} begins with `{wanted}`", field="event", expected=wanted)
     return event
 
 
