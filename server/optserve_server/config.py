@@ -119,6 +119,10 @@ class Config(BaseSettings):
     """How many elements a list among hyperparameters, such as milestones, may have."""
     name_bytes_max: Count = _LIMITS.name_bytes_max
     """How long a name may be."""
+    digest_bytes_max: Annotated[int, Field(ge=16, le=1024)] = _LIMITS.digest_bytes_max
+    """How long the digest of a step may be; one is kept for each worker."""
+    request_id_bytes_max: Annotated[int, Field(ge=16, le=1024)] = _LIMITS.request_id_bytes_max
+    """How long the id of a request to create a session may be; it is kept with the session."""
     expression_chars_max: Annotated[int, Field(ge=1, le=4096)] = _LIMITS.expression_chars_max
     """How long an expression of LambdaLR may be."""
     expression_nodes_max: Annotated[int, Field(ge=1, le=512)] = _LIMITS.expression_nodes_max

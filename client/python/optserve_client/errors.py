@@ -26,6 +26,9 @@
     │   ├── WorkerBusyError                 another call is sending for this worker
     │   ├── RoundTimeoutError               the other workers did not come: take the step again
     │   ├── StalledError                    this client stopped in the middle of a transfer
+    │   ├── StepConflictError               the step was taken with other content
+    │   ├── RequestConflictError            the request's id belongs to another request
+    │   ├── SeatTakenOverError              the same client sends for this worker on another stream
     │   └── ScheduleFailedError             the schedule has no finite rate for the next count
     └── ServiceError                    the server, or the way to it
         ├── LimitError                      a limit: do what the message says
@@ -189,6 +192,18 @@ class StalledError(SessionError):
     """The client neither sent nor read for too long in the middle of a transfer."""
 
 
+class StepConflictError(SessionError):
+    """The step was taken with other content; this content was not applied."""
+
+
+class RequestConflictError(SessionError):
+    """The request's id belongs to a session that was created from another request."""
+
+
+class SeatTakenOverError(SessionError):
+    """The same client has opened another stream for this worker, in the place of this one."""
+
+
 class ScheduleFailedError(SessionError):
     """The expression of the schedule has no finite value for the next count."""
 
@@ -252,6 +267,9 @@ ERROR_BY_REASON: dict[Reason.ValueType, type[OptserveError]] = {
     Reason.REASON_WORKER_BUSY: WorkerBusyError,
     Reason.REASON_ROUND_TIMEOUT: RoundTimeoutError,
     Reason.REASON_STALLED: StalledError,
+    Reason.REASON_STEP_CONFLICT: StepConflictError,
+    Reason.REASON_REQUEST_CONFLICT: RequestConflictError,
+    Reason.REASON_SEAT_TAKEN_OVER: SeatTakenOverError,
     Reason.REASON_SCHEDULE_FAILED: ScheduleFailedError,
     Reason.REASON_SESSION_FAILED: SessionFailedError,
     Reason.REASON_SESSION_DELETED: SessionDeletedError,

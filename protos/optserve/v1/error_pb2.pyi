@@ -96,6 +96,12 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The session was deleted while the call was going on (ABORTED)."""
     REASON_STALLED: _Reason.ValueType  # 33
     """The client neither sent nor read for Limits.stall_timeout_s in the middle of a transfer (DEADLINE_EXCEEDED)."""
+    REASON_STEP_CONFLICT: _Reason.ValueType  # 34
+    """The step was taken with another digest: this content was not applied, and will not be (ABORTED)."""
+    REASON_REQUEST_CONFLICT: _Reason.ValueType  # 35
+    """The request_id belongs to a session that was created from another request (ALREADY_EXISTS)."""
+    REASON_SEAT_TAKEN_OVER: _Reason.ValueType  # 45
+    """The same client has opened another stream for this worker, which goes on in this one's place (ABORTED)."""
     REASON_TOO_MANY: _Reason.ValueType  # 28
     """A limit: do what the message says (RESOURCE_EXHAUSTED).
 
@@ -184,6 +190,12 @@ REASON_SESSION_DELETED: Reason.ValueType  # 27
 """The session was deleted while the call was going on (ABORTED)."""
 REASON_STALLED: Reason.ValueType  # 33
 """The client neither sent nor read for Limits.stall_timeout_s in the middle of a transfer (DEADLINE_EXCEEDED)."""
+REASON_STEP_CONFLICT: Reason.ValueType  # 34
+"""The step was taken with another digest: this content was not applied, and will not be (ABORTED)."""
+REASON_REQUEST_CONFLICT: Reason.ValueType  # 35
+"""The request_id belongs to a session that was created from another request (ALREADY_EXISTS)."""
+REASON_SEAT_TAKEN_OVER: Reason.ValueType  # 45
+"""The same client has opened another stream for this worker, which goes on in this one's place (ABORTED)."""
 REASON_TOO_MANY: Reason.ValueType  # 28
 """A limit: do what the message says (RESOURCE_EXHAUSTED).
 

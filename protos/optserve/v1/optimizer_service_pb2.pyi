@@ -32,6 +32,12 @@ class CreateSessionRequest(_message.Message):
 
     SPEC_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """request_id makes the request safe to repeat: who sends it again gets the session that was made first, for as long as
+    there is that session; another request under the same id is refused with REQUEST_CONFLICT. Choose it at random; at most
+    Limits.request_id_bytes_max bytes. Empty: every request makes a session.
+    """
     @_builtins.property
     def spec(self) -> _session_pb2.SessionSpec:
         """spec of the session. Required."""
@@ -45,10 +51,11 @@ class CreateSessionRequest(_message.Message):
         *,
         spec: _session_pb2.SessionSpec | None = ...,
         values: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "spec", b"spec", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -492,22 +499,30 @@ class TrainOpen(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """session_id is required."""
     worker: _builtins.int
     """worker that sends, from 0 to the session's workers - 1. One stream or Step call at a time for each."""
     shared_memory: _builtins.bool
     """shared_memory asks for TrainOpened.shared_memory."""
+    client_id: _builtins.bytes
+    """client_id names the client object that sends: 16 random bytes, the same ones whenever it opens a stream. An open stream
+    of the same client for the worker is ended with SEAT_TAKEN_OVER, so that a client whose connection broke need not wait
+    until the server has noticed; a step that it had ended counts, one that it had only begun does not. Of another client it
+    is left alone, and this one is refused with WORKER_BUSY. Empty: nobody's seat is taken over, nor is this one's.
+    """
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         worker: _builtins.int = ...,
         shared_memory: _builtins.bool = ...,
+        client_id: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id", "shared_memory", b"shared_memory", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "session_id", b"session_id", "shared_memory", b"shared_memory", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -595,6 +610,7 @@ class TrainOpened(_message.Message):
 
     STATUS_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    CONTRIBUTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def status(self) -> _session_pb2.SessionStatus:
         """status of the session; the first step on the stream is status.steps + 1."""
@@ -605,19 +621,54 @@ class TrainOpened(_message.Message):
         form. Unset: not asked for, or there is none, or the client is elsewhere, or the session has encodings.
         """
 
+    @_builtins.property
+    def contribution(self) -> Global___Contribution:
+        """contribution is the last step that the worker contributed to, on whichever stream. Unset: there is none."""
+
     def __init__(
         self,
         *,
         status: _session_pb2.SessionStatus | None = ...,
         shared_memory: Global___SharedMemory | None = ...,
+        contribution: Global___Contribution | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shared_memory", b"shared_memory", "status", b"status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "shared_memory", b"shared_memory", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["shared_memory", b"shared_memory", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "shared_memory", b"shared_memory", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TrainOpened: _TypeAlias = TrainOpened  # noqa: Y015
+
+@_typing.final
+class Contribution(_message.Message):
+    """Contribution is the last step that a worker has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    APPLIED_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """step is the number of the step."""
+    digest: _builtins.bytes
+    """digest that the worker sent with it. Empty: none."""
+    applied: _builtins.bool
+    """applied says that the step was taken. If not, it waits for the other workers: send it again to wait for the answer."""
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+        applied: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "digest", b"digest", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Contribution: _TypeAlias = Contribution  # noqa: Y015
 
 @_typing.final
 class StepBegin(_message.Message):
@@ -628,13 +679,21 @@ class StepBegin(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     GRADIENTS_FIELD_NUMBER: _builtins.int
     EVERY_PARAMETER_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """step is the number of this step, from 1. Required. The number of the last applied step is answered once more with
-    the same result, and applies nothing.
+    the same result, and applies nothing; so is a step that the worker has ended, and that waits for the other workers.
     """
     every_parameter: _builtins.bool
     """every_parameter says that all of the session's parameters have a gradient, in its order: `gradients` stays empty, and
     so does ParametersBegin.parameters in the answer, for both sides know them.
+    """
+    digest: _builtins.bytes
+    """digest identifies the content of the step: at most Limits.digest_bytes_max bytes, which the server compares and does not
+    calculate. The same content must have the same digest, and other content another: a hash of the gradients' bytes as they
+    are sent, or random bytes that are kept for when the step is sent again. A repeat whose digest is not the first one's is
+    refused with STEP_CONFLICT; where either has none, only the number is compared. The chunks of a repeat may be left out if
+    its digest stands here: `end` may follow at once. Empty: none, or it comes in StepEnd.
     """
     @_builtins.property
     def gradients(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]:
@@ -649,10 +708,11 @@ class StepBegin(_message.Message):
         step: _builtins.int = ...,
         gradients: _abc.Iterable[_tensor_pb2.TensorHeader] | None = ...,
         every_parameter: _builtins.bool = ...,
+        digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["every_parameter", b"every_parameter", "gradients", b"gradients", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "every_parameter", b"every_parameter", "gradients", b"gradients", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -664,12 +724,17 @@ class StepEnd(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.bytes
+    """digest as in StepBegin, for whoever knows it only now. If it stands in both, it must be the same."""
     def __init__(
         self,
+        *,
+        digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -719,8 +784,11 @@ class PackedStep(_message.Message):
 
     STEP_FIELD_NUMBER: _builtins.int
     GRADIENTS_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """step is the number of this step, as in StepBegin."""
+    digest: _builtins.bytes
+    """digest as in StepBegin. The gradients of a repeat may be left out."""
     @_builtins.property
     def gradients(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """gradients of all of the session's parameters, in its order: their bytes, as chunks would carry them. Unencoded they
@@ -732,10 +800,11 @@ class PackedStep(_message.Message):
         *,
         step: _builtins.int = ...,
         gradients: _abc.Iterable[_builtins.bytes] | None = ...,
+        digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gradients", b"gradients", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "gradients", b"gradients", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -788,8 +857,11 @@ class SharedStep(_message.Message):
 
     STEP_FIELD_NUMBER: _builtins.int
     ABSENT_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """step is the number of this step, as in StepBegin."""
+    digest: _builtins.bytes
+    """digest as in StepBegin."""
     @_builtins.property
     def absent(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """absent are the positions of the parameters, from 0, that have no gradient: see StepBegin.gradients."""
@@ -799,10 +871,11 @@ class SharedStep(_message.Message):
         *,
         step: _builtins.int = ...,
         absent: _abc.Iterable[_builtins.int] | None = ...,
+        digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "digest", b"digest", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1010,12 +1083,15 @@ class StepRequest(_message.Message):
     WORKER_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     GRADIENTS_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """session_id is required."""
     worker: _builtins.int
     """worker that sends, as in TrainOpen."""
     step: _builtins.int
     """step is the number of this step, as in StepBegin."""
+    digest: _builtins.bytes
+    """digest as in StepBegin."""
     @_builtins.property
     def gradients(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
         """gradients, as in StepBegin; their data as chunks would carry it."""
@@ -1027,10 +1103,11 @@ class StepRequest(_message.Message):
         worker: _builtins.int = ...,
         step: _builtins.int = ...,
         gradients: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
+        digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gradients", b"gradients", "session_id", b"session_id", "step", b"step", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "gradients", b"gradients", "session_id", b"session_id", "step", b"step", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1069,6 +1146,70 @@ class StepResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepResponse: _TypeAlias = StepResponse  # noqa: Y015
+
+@_typing.final
+class GetContributionRequest(_message.Message):
+    """GetContributionRequest asks what became of a worker's last step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """session_id is required."""
+    worker: _builtins.int
+    """worker that sent it, as in TrainOpen."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        worker: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetContributionRequest: _TypeAlias = GetContributionRequest  # noqa: Y015
+
+@_typing.final
+class GetContributionResponse(_message.Message):
+    """GetContributionResponse says what became of a worker's last step, and where the session stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTRIBUTION_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def contribution(self) -> Global___Contribution:
+        """contribution is the last step that the worker has ended. Unset: there is none."""
+
+    @_builtins.property
+    def result(self) -> Global___StepResult:
+        """result of that step. Unset: it was not applied yet, or another has been since."""
+
+    @_builtins.property
+    def status(self) -> _session_pb2.SessionStatus:
+        """status of the session; the next step is status.steps + 1."""
+
+    def __init__(
+        self,
+        *,
+        contribution: Global___Contribution | None = ...,
+        result: Global___StepResult | None = ...,
+        status: _session_pb2.SessionStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_result", b"_result", "contribution", b"contribution", "result", b"result", "status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_result", b"_result", "contribution", b"contribution", "result", b"result", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__result: _TypeAlias = _typing.Literal["result"]  # noqa: Y015
+    _WhichOneofArgType__result: _TypeAlias = _typing.Literal["_result", b"_result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__result) -> _WhichOneofReturnType__result | None: ...
+
+Global___GetContributionResponse: _TypeAlias = GetContributionResponse  # noqa: Y015
 
 @_typing.final
 class EndEpochRequest(_message.Message):
@@ -1627,6 +1768,8 @@ class Limits(_message.Message):
     STALL_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     IDLE_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     ELEMENTS_MAX_FIELD_NUMBER: _builtins.int
+    DIGEST_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_BYTES_MAX_FIELD_NUMBER: _builtins.int
     sessions_max: _builtins.int
     """sessions_max is how many sessions there may be."""
     streams_max: _builtins.int
@@ -1669,6 +1812,10 @@ class Limits(_message.Message):
     """
     elements_max: _builtins.int
     """elements_max is how many elements a list among hyperparameters, such as milestones, may have."""
+    digest_bytes_max: _builtins.int
+    """digest_bytes_max is how long the digest of a step may be."""
+    request_id_bytes_max: _builtins.int
+    """request_id_bytes_max is how long CreateSessionRequest.request_id may be, in UTF-8."""
     def __init__(
         self,
         *,
@@ -1691,10 +1838,12 @@ class Limits(_message.Message):
         stall_timeout_s: _builtins.float = ...,
         idle_timeout_s: _builtins.float = ...,
         elements_max: _builtins.int = ...,
+        digest_bytes_max: _builtins.int = ...,
+        request_id_bytes_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes_max", b"chunk_bytes_max", "dimensions_max", b"dimensions_max", "elements_max", b"elements_max", "expression_chars_max", b"expression_chars_max", "expression_nodes_max", b"expression_nodes_max", "groups_max", b"groups_max", "idle_timeout_s", b"idle_timeout_s", "loss_bytes_max", b"loss_bytes_max", "loss_points_max", b"loss_points_max", "memory_bytes_max", b"memory_bytes_max", "message_bytes_max", b"message_bytes_max", "name_bytes_max", b"name_bytes_max", "parameters_max", b"parameters_max", "round_timeout_s", b"round_timeout_s", "session_bytes_max", b"session_bytes_max", "sessions_max", b"sessions_max", "stall_timeout_s", b"stall_timeout_s", "streams_max", b"streams_max", "workers_max", b"workers_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes_max", b"chunk_bytes_max", "digest_bytes_max", b"digest_bytes_max", "dimensions_max", b"dimensions_max", "elements_max", b"elements_max", "expression_chars_max", b"expression_chars_max", "expression_nodes_max", b"expression_nodes_max", "groups_max", b"groups_max", "idle_timeout_s", b"idle_timeout_s", "loss_bytes_max", b"loss_bytes_max", "loss_points_max", b"loss_points_max", "memory_bytes_max", b"memory_bytes_max", "message_bytes_max", b"message_bytes_max", "name_bytes_max", b"name_bytes_max", "parameters_max", b"parameters_max", "request_id_bytes_max", b"request_id_bytes_max", "round_timeout_s", b"round_timeout_s", "session_bytes_max", b"session_bytes_max", "sessions_max", b"sessions_max", "stall_timeout_s", b"stall_timeout_s", "streams_max", b"streams_max", "workers_max", b"workers_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -82,6 +82,11 @@ class OptimizerServiceStub:
                 request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.StepRequest.SerializeToString,
                 response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.StepResponse.FromString,
                 _registered_method=True)
+        self.GetContribution = channel.unary_unary(
+                '/optserve.v1.OptimizerService/GetContribution',
+                request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.GetContributionRequest.SerializeToString,
+                response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.GetContributionResponse.FromString,
+                _registered_method=True)
         self.EndEpoch = channel.unary_unary(
                 '/optserve.v1.OptimizerService/EndEpoch',
                 request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.EndEpochRequest.SerializeToString,
@@ -173,7 +178,7 @@ class OptimizerServiceServicer:
         """Train takes the steps of one worker for as long as it likes: begin, chunks, end; answered by begin, chunks, result;
         and again. A step of a small model may come packed, and is answered so; one in shared memory is a message each way. The
         stream is opened by `open`, answered by `opened`. A refused step does not end it; DRAINING, EVENT_OUT_OF_ORDER,
-        SESSION_DELETED, STALLED, MALFORMED_MESSAGE, UNKNOWN_FIELD and INTERNAL do, as its status.
+        SESSION_DELETED, SEAT_TAKEN_OVER, STALLED, MALFORMED_MESSAGE, UNKNOWN_FIELD and INTERNAL do, as its status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -181,6 +186,13 @@ class OptimizerServiceServicer:
 
     def Step(self, request, context):
         """Step is one step in one message each way, for small models, and where streams do not pass.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetContribution(self, request, context):
+        """GetContribution says what became of the last step that a worker contributed to: for a client that got no answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -275,6 +287,11 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.Step,
                     request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.StepRequest.FromString,
                     response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.StepResponse.SerializeToString,
+            ),
+            'GetContribution': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetContribution,
+                    request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.GetContributionRequest.FromString,
+                    response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.GetContributionResponse.SerializeToString,
             ),
             'EndEpoch': grpc.unary_unary_rpc_method_handler(
                     servicer.EndEpoch,
@@ -553,6 +570,33 @@ class OptimizerService:
             '/optserve.v1.OptimizerService/Step',
             optserve_dot_v1_dot_optimizer__service__pb2.StepRequest.SerializeToString,
             optserve_dot_v1_dot_optimizer__service__pb2.StepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetContribution(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optserve.v1.OptimizerService/GetContribution',
+            optserve_dot_v1_dot_optimizer__service__pb2.GetContributionRequest.SerializeToString,
+            optserve_dot_v1_dot_optimizer__service__pb2.GetContributionResponse.FromString,
             options,
             channel_credentials,
             insecure,

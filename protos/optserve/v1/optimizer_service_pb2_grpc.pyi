@@ -54,10 +54,12 @@ class OptimizerServiceStub:
     """Train takes the steps of one worker for as long as it likes: begin, chunks, end; answered by begin, chunks, result;
     and again. A step of a small model may come packed, and is answered so; one in shared memory is a message each way. The
     stream is opened by `open`, answered by `opened`. A refused step does not end it; DRAINING, EVENT_OUT_OF_ORDER,
-    SESSION_DELETED, STALLED, MALFORMED_MESSAGE, UNKNOWN_FIELD and INTERNAL do, as its status.
+    SESSION_DELETED, SEAT_TAKEN_OVER, STALLED, MALFORMED_MESSAGE, UNKNOWN_FIELD and INTERNAL do, as its status.
     """
     Step: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.StepRequest, _optimizer_service_pb2.StepResponse]
     """Step is one step in one message each way, for small models, and where streams do not pass."""
+    GetContribution: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.GetContributionRequest, _optimizer_service_pb2.GetContributionResponse]
+    """GetContribution says what became of the last step that a worker contributed to: for a client that got no answer."""
     EndEpoch: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.EndEpochRequest, _optimizer_service_pb2.EndEpochResponse]
     """EndEpoch ends an epoch: a scheduler that counts epochs advances. Of several workers any one calls it, once for all."""
     EvaluateLoss: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.EvaluateLossRequest, _optimizer_service_pb2.EvaluateLossResponse]
@@ -97,10 +99,12 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
     """Train takes the steps of one worker for as long as it likes: begin, chunks, end; answered by begin, chunks, result;
     and again. A step of a small model may come packed, and is answered so; one in shared memory is a message each way. The
     stream is opened by `open`, answered by `opened`. A refused step does not end it; DRAINING, EVENT_OUT_OF_ORDER,
-    SESSION_DELETED, STALLED, MALFORMED_MESSAGE, UNKNOWN_FIELD and INTERNAL do, as its status.
+    SESSION_DELETED, SEAT_TAKEN_OVER, STALLED, MALFORMED_MESSAGE, UNKNOWN_FIELD and INTERNAL do, as its status.
     """
     Step: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.StepRequest, _optimizer_service_pb2.StepResponse]  # type: ignore[assignment]
     """Step is one step in one message each way, for small models, and where streams do not pass."""
+    GetContribution: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.GetContributionRequest, _optimizer_service_pb2.GetContributionResponse]  # type: ignore[assignment]
+    """GetContribution says what became of the last step that a worker contributed to: for a client that got no answer."""
     EndEpoch: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.EndEpochRequest, _optimizer_service_pb2.EndEpochResponse]  # type: ignore[assignment]
     """EndEpoch ends an epoch: a scheduler that counts epochs advances. Of several workers any one calls it, once for all."""
     EvaluateLoss: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.EvaluateLossRequest, _optimizer_service_pb2.EvaluateLossResponse]  # type: ignore[assignment]
@@ -185,7 +189,7 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Train takes the steps of one worker for as long as it likes: begin, chunks, end; answered by begin, chunks, result;
         and again. A step of a small model may come packed, and is answered so; one in shared memory is a message each way. The
         stream is opened by `open`, answered by `opened`. A refused step does not end it; DRAINING, EVENT_OUT_OF_ORDER,
-        SESSION_DELETED, STALLED, MALFORMED_MESSAGE, UNKNOWN_FIELD and INTERNAL do, as its status.
+        SESSION_DELETED, SEAT_TAKEN_OVER, STALLED, MALFORMED_MESSAGE, UNKNOWN_FIELD and INTERNAL do, as its status.
         """
 
     @_abc_1.abstractmethod
@@ -195,6 +199,14 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_optimizer_service_pb2.StepResponse, _abc.Awaitable[_optimizer_service_pb2.StepResponse]]:
         """Step is one step in one message each way, for small models, and where streams do not pass."""
+
+    @_abc_1.abstractmethod
+    def GetContribution(
+        self,
+        request: _optimizer_service_pb2.GetContributionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_optimizer_service_pb2.GetContributionResponse, _abc.Awaitable[_optimizer_service_pb2.GetContributionResponse]]:
+        """GetContribution says what became of the last step that a worker contributed to: for a client that got no answer."""
 
     @_abc_1.abstractmethod
     def EndEpoch(

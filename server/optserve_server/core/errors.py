@@ -30,7 +30,10 @@
     │   ├── ScheduleFailedError        the expression has no finite value for the next count
     │   ├── SessionFailedError         a fault of the server left the session half changed
     │   ├── SessionDeletedError
-    │   └── StalledError               the client neither sent nor read in the middle of a transfer
+    │   ├── StalledError               the client neither sent nor read in the middle of a transfer
+    │   ├── StepConflictError          the step's number was used with other content
+    │   ├── RequestConflictError       the request's id was used for another request
+    │   └── SeatTakenOverError         the same client sends for this worker on another stream
     ├── LimitError                 do what the message says
     │   ├── TooManyError
     │   ├── MemoryExhaustedError
@@ -204,6 +207,18 @@ class SessionDeletedError(SessionStateError):
 
 class StalledError(SessionStateError):
     """The client neither sent nor read in the middle of a transfer."""
+
+
+class StepConflictError(SessionStateError):
+    """The step's number was used with other content."""
+
+
+class RequestConflictError(SessionStateError):
+    """The request's id was used for another request."""
+
+
+class SeatTakenOverError(SessionStateError):
+    """The same client sends for this worker on another stream."""
 
 
 class LimitError(OptserveError):

@@ -28,6 +28,8 @@ class Limits:
     dimensions_max: int = 16
     elements_max: int = 1_000
     name_bytes_max: int = 256
+    digest_bytes_max: int = 32  # As long as SHA-256 and BLAKE3 are.
+    request_id_bytes_max: int = 64  # A UUID has 36.
     expression_chars_max: int = 256
     expression_nodes_max: int = 64
     loss_points_max: int = 10_000
