@@ -95,6 +95,15 @@ class Config(BaseSettings):
     """How many sessions there may be."""
     streams_max: Count = _LIMITS.streams_max
     """How many streams may be open."""
+    calls_max: Count = _LIMITS.calls_max
+    """How many calls with one message each way may go on; at least as many as one session has
+    workers. Their messages may take calls_max times message_bytes_max beside memory_bytes_max."""
+    request_rate_max: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _LIMITS.request_rate_max
+    """How many calls a tenant may begin in a second; 0 means as many as it likes."""
+    tenant_sessions_max: Annotated[int, Field(ge=0, le=1 << 31)] = _LIMITS.tenant_sessions_max
+    """How many sessions a tenant may have; 0 means as many as all together."""
+    tenant_bytes_max: ByteSize = ByteSize(_LIMITS.tenant_bytes_max)
+    """Memory that the sessions of a tenant may take together; 0 means as much as all together."""
     memory_bytes_max: ByteSize = ByteSize(0)
     """Memory that sessions may take together, such as 8GiB; 0 means 80 % of the device's memory."""
     session_bytes_max: ByteSize = ByteSize(0)
@@ -133,6 +142,10 @@ class Config(BaseSettings):
     """How many seconds a step waits for the other workers."""
     stall_timeout_s: Seconds = _LIMITS.stall_timeout_s
     """How many seconds a client may neither send nor read in the middle of a transfer."""
+    transfer_rate_min: Annotated[float, Field(gt=0, allow_inf_nan=False)] = (
+        _LIMITS.transfer_rate_min
+    )
+    """How many bytes in a second a transfer must move on the whole, beside stall_timeout_s."""
 
     @model_validator(mode="after")
     def _chunks_fit_into_messages(self) -> Config:

@@ -99,7 +99,7 @@ export const CLASS_OF = new Map([
     'REQUEST_CONFLICT',
     'SEAT_TAKEN_OVER',
   ]),
-  ...rows(LimitError, ['TOO_MANY', 'MEMORY_EXHAUSTED', 'LIMIT_EXCEEDED']),
+  ...rows(LimitError, ['TOO_MANY', 'MEMORY_EXHAUSTED', 'LIMIT_EXCEEDED', 'RATE_EXCEEDED']),
   ...rows(UnavailableError, ['DRAINING']),
   ...rows(InternalError, ['INTERNAL']),
 ]);

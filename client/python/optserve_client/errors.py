@@ -276,6 +276,7 @@ ERROR_BY_REASON: dict[Reason.ValueType, type[OptserveError]] = {
     Reason.REASON_TOO_MANY: LimitError,
     Reason.REASON_MEMORY_EXHAUSTED: LimitError,
     Reason.REASON_LIMIT_EXCEEDED: LimitError,
+    Reason.REASON_RATE_EXCEEDED: LimitError,
     Reason.REASON_DRAINING: UnavailableError,
     Reason.REASON_INTERNAL: InternalError,
 }

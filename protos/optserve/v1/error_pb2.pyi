@@ -95,7 +95,9 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     REASON_SESSION_DELETED: _Reason.ValueType  # 27
     """The session was deleted while the call was going on (ABORTED)."""
     REASON_STALLED: _Reason.ValueType  # 33
-    """The client neither sent nor read for Limits.stall_timeout_s in the middle of a transfer (DEADLINE_EXCEEDED)."""
+    """The client neither sent nor read for Limits.stall_timeout_s in the middle of a transfer, or was slower on the whole than
+    Limits.transfer_rate_min (DEADLINE_EXCEEDED).
+    """
     REASON_STEP_CONFLICT: _Reason.ValueType  # 34
     """The step was taken with another digest: this content was not applied, and will not be (ABORTED)."""
     REASON_REQUEST_CONFLICT: _Reason.ValueType  # 35
@@ -105,12 +107,14 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     REASON_TOO_MANY: _Reason.ValueType  # 28
     """A limit: do what the message says (RESOURCE_EXHAUSTED).
 
-    There are as many sessions or streams as allowed; try again later. The number of calls is not limited.
+    There are as many sessions, streams or calls as allowed; try again later.
     """
     REASON_MEMORY_EXHAUSTED: _Reason.ValueType  # 29
     """The server has no memory left for it; try again later, or with less."""
     REASON_LIMIT_EXCEEDED: _Reason.ValueType  # 30
     """It is larger than Limits allows."""
+    REASON_RATE_EXCEEDED: _Reason.ValueType  # 44
+    """The tenant began more calls than Limits.request_rate_max allows; RetryInfo says when the next one may begin."""
     REASON_DRAINING: _Reason.ValueType  # 31
     """The server.
 
@@ -189,7 +193,9 @@ REASON_SESSION_FAILED: Reason.ValueType  # 26
 REASON_SESSION_DELETED: Reason.ValueType  # 27
 """The session was deleted while the call was going on (ABORTED)."""
 REASON_STALLED: Reason.ValueType  # 33
-"""The client neither sent nor read for Limits.stall_timeout_s in the middle of a transfer (DEADLINE_EXCEEDED)."""
+"""The client neither sent nor read for Limits.stall_timeout_s in the middle of a transfer, or was slower on the whole than
+Limits.transfer_rate_min (DEADLINE_EXCEEDED).
+"""
 REASON_STEP_CONFLICT: Reason.ValueType  # 34
 """The step was taken with another digest: this content was not applied, and will not be (ABORTED)."""
 REASON_REQUEST_CONFLICT: Reason.ValueType  # 35
@@ -199,12 +205,14 @@ REASON_SEAT_TAKEN_OVER: Reason.ValueType  # 45
 REASON_TOO_MANY: Reason.ValueType  # 28
 """A limit: do what the message says (RESOURCE_EXHAUSTED).
 
-There are as many sessions or streams as allowed; try again later. The number of calls is not limited.
+There are as many sessions, streams or calls as allowed; try again later.
 """
 REASON_MEMORY_EXHAUSTED: Reason.ValueType  # 29
 """The server has no memory left for it; try again later, or with less."""
 REASON_LIMIT_EXCEEDED: Reason.ValueType  # 30
 """It is larger than Limits allows."""
+REASON_RATE_EXCEEDED: Reason.ValueType  # 44
+"""The tenant began more calls than Limits.request_rate_max allows; RetryInfo says when the next one may begin."""
 REASON_DRAINING: Reason.ValueType  # 31
 """The server.
 

@@ -1745,7 +1745,7 @@ Global___GetServerInfoRequest: _TypeAlias = GetServerInfoRequest  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
-    """Limits are what the server allows; more is refused with LIMIT_EXCEEDED, TOO_MANY or MEMORY_EXHAUSTED."""
+    """Limits are what the server allows; more is refused with LIMIT_EXCEEDED, TOO_MANY, MEMORY_EXHAUSTED or RATE_EXCEEDED."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1768,8 +1768,13 @@ class Limits(_message.Message):
     STALL_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     IDLE_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     ELEMENTS_MAX_FIELD_NUMBER: _builtins.int
+    CALLS_MAX_FIELD_NUMBER: _builtins.int
+    REQUEST_RATE_MAX_FIELD_NUMBER: _builtins.int
+    TENANT_SESSIONS_MAX_FIELD_NUMBER: _builtins.int
+    TENANT_BYTES_MAX_FIELD_NUMBER: _builtins.int
     DIGEST_BYTES_MAX_FIELD_NUMBER: _builtins.int
     REQUEST_ID_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    TRANSFER_RATE_MIN_FIELD_NUMBER: _builtins.int
     sessions_max: _builtins.int
     """sessions_max is how many sessions there may be."""
     streams_max: _builtins.int
@@ -1812,10 +1817,24 @@ class Limits(_message.Message):
     """
     elements_max: _builtins.int
     """elements_max is how many elements a list among hyperparameters, such as milestones, may have."""
+    calls_max: _builtins.int
+    """calls_max is how many calls with one message each way may go on, over all sessions; streams_max counts the others."""
+    request_rate_max: _builtins.float
+    """request_rate_max is how many calls a tenant may begin in a second; after a pause, so many at once. The steps of an
+    open stream are none: they come one after the other. Zero: as many as it likes.
+    """
+    tenant_sessions_max: _builtins.int
+    """tenant_sessions_max is how many sessions a tenant may have. Zero: as many as all together."""
+    tenant_bytes_max: _builtins.int
+    """tenant_bytes_max is how much the sessions of a tenant may reserve together. Zero: as much as all together."""
     digest_bytes_max: _builtins.int
     """digest_bytes_max is how long the digest of a step may be."""
     request_id_bytes_max: _builtins.int
     """request_id_bytes_max is how long CreateSessionRequest.request_id may be, in UTF-8."""
+    transfer_rate_min: _builtins.float
+    """transfer_rate_min is how many bytes in a second a transfer of parameters or of an evaluation, and the answer to a step,
+    must move on the whole: it may take stall_timeout_s, and a second for each transfer_rate_min bytes that it has.
+    """
     def __init__(
         self,
         *,
@@ -1838,12 +1857,17 @@ class Limits(_message.Message):
         stall_timeout_s: _builtins.float = ...,
         idle_timeout_s: _builtins.float = ...,
         elements_max: _builtins.int = ...,
+        calls_max: _builtins.int = ...,
+        request_rate_max: _builtins.float = ...,
+        tenant_sessions_max: _builtins.int = ...,
+        tenant_bytes_max: _builtins.int = ...,
         digest_bytes_max: _builtins.int = ...,
         request_id_bytes_max: _builtins.int = ...,
+        transfer_rate_min: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes_max", b"chunk_bytes_max", "digest_bytes_max", b"digest_bytes_max", "dimensions_max", b"dimensions_max", "elements_max", b"elements_max", "expression_chars_max", b"expression_chars_max", "expression_nodes_max", b"expression_nodes_max", "groups_max", b"groups_max", "idle_timeout_s", b"idle_timeout_s", "loss_bytes_max", b"loss_bytes_max", "loss_points_max", b"loss_points_max", "memory_bytes_max", b"memory_bytes_max", "message_bytes_max", b"message_bytes_max", "name_bytes_max", b"name_bytes_max", "parameters_max", b"parameters_max", "request_id_bytes_max", b"request_id_bytes_max", "round_timeout_s", b"round_timeout_s", "session_bytes_max", b"session_bytes_max", "sessions_max", b"sessions_max", "stall_timeout_s", b"stall_timeout_s", "streams_max", b"streams_max", "workers_max", b"workers_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_max", b"calls_max", "chunk_bytes_max", b"chunk_bytes_max", "digest_bytes_max", b"digest_bytes_max", "dimensions_max", b"dimensions_max", "elements_max", b"elements_max", "expression_chars_max", b"expression_chars_max", "expression_nodes_max", b"expression_nodes_max", "groups_max", b"groups_max", "idle_timeout_s", b"idle_timeout_s", "loss_bytes_max", b"loss_bytes_max", "loss_points_max", b"loss_points_max", "memory_bytes_max", b"memory_bytes_max", "message_bytes_max", b"message_bytes_max", "name_bytes_max", b"name_bytes_max", "parameters_max", b"parameters_max", "request_id_bytes_max", b"request_id_bytes_max", "request_rate_max", b"request_rate_max", "round_timeout_s", b"round_timeout_s", "session_bytes_max", b"session_bytes_max", "sessions_max", b"sessions_max", "stall_timeout_s", b"stall_timeout_s", "streams_max", b"streams_max", "tenant_bytes_max", b"tenant_bytes_max", "tenant_sessions_max", b"tenant_sessions_max", "transfer_rate_min", b"transfer_rate_min", "workers_max", b"workers_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

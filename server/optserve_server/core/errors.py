@@ -37,6 +37,7 @@
     ├── LimitError                 do what the message says
     │   ├── TooManyError
     │   ├── MemoryExhaustedError
+    │   ├── RateExceededError          too many calls in too short a time
     │   └── LimitExceededError
     └── DrainingError              the server is about to stop
 
@@ -231,6 +232,10 @@ class TooManyError(LimitError):
 
 class MemoryExhaustedError(LimitError):
     """No memory is left for it."""
+
+
+class RateExceededError(LimitError):
+    """Too many calls were begun in too short a time."""
 
 
 class LimitExceededError(LimitError):

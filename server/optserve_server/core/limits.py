@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -17,6 +18,10 @@ class Limits:
 
     sessions_max: int = 1_000
     streams_max: int = 4_096
+    calls_max: int = 512  # Twice workers_max: a session's workers may all wait in Step.
+    request_rate_max: float = 0.0  # Whoever has one tenant has nobody to be fair to.
+    tenant_sessions_max: int = 0
+    tenant_bytes_max: int = 0
     memory_bytes_max: int = 8 * GIB
     session_bytes_max: int = 8 * GIB
     loss_bytes_max: int = GIB
@@ -35,4 +40,5 @@ class Limits:
     loss_points_max: int = 10_000
     round_timeout_s: float = 600.0
     stall_timeout_s: float = 60.0
+    transfer_rate_min: float = 256.0 * KIB  # 2 Mbit/s: training over less makes no sense.
     idle_timeout_s: float = 86_400.0  # A day: whoever trains comes back within it.

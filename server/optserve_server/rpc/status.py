@@ -54,6 +54,7 @@ STATUS: dict[type[errors.OptserveError], _Row] = {
     errors.SeatTakenOverError: (grpc.StatusCode.ABORTED, Reason.REASON_SEAT_TAKEN_OVER),
     errors.TooManyError: (_LIMIT, Reason.REASON_TOO_MANY),
     errors.MemoryExhaustedError: (_LIMIT, Reason.REASON_MEMORY_EXHAUSTED),
+    errors.RateExceededError: (_LIMIT, Reason.REASON_RATE_EXCEEDED),
     errors.LimitExceededError: (_LIMIT, Reason.REASON_LIMIT_EXCEEDED),
     errors.DrainingError: (grpc.StatusCode.UNAVAILABLE, Reason.REASON_DRAINING),
 }  # fmt: skip
