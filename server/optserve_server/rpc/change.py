@@ -14,9 +14,10 @@ from optserve_server.core.admission import session_bytes
 from optserve_server.core.errors import InvalidFieldError, UnknownNameError
 from optserve_server.core.limits import Limits
 from optserve_server.core.optimizers import OPTIMIZERS, rehearse
-from optserve_server.core.registry import SessionRegistry
+from optserve_server.core.resolve import check_fixed
 from optserve_server.core.session import Session
 from optserve_server.core.spec import Choice, GroupSpec, SessionSpec, Value
+from optserve_server.core.tenant import TenantRegistry
 from optserve_server.rpc import decode, decode_spec, encode
 
 
@@ -31,7 +32,7 @@ class _Plan:
     """How much memory the session will need."""
 
 
-async def update(request: UpdateSessionRequest, registry: SessionRegistry) -> SessionActor:
+async def update(request: UpdateSessionRequest, registry: TenantRegistry) -> SessionActor:
     """Change a running session between two steps; return it.
 
     Raises:
@@ -112,7 +113,7 @@ def _own(
             own |= decode_spec.overrides(
                 message.overrides, kind.name, f"groups[{i}].overrides", limits
             )
-    decode_spec.check_change(kind, own, group, "optimizer")
+    check_fixed(kind, own, group.hyperparameters, "optimizer")
     return own
 
 
