@@ -24,6 +24,7 @@ from optserve_server.core.events import NullObserver
 from optserve_server.core.limits import Limits
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.surroundings import Overlap, Surroundings
+from optserve_server.core.tenant import DEFAULT_TENANT, TenantRegistry
 from optserve_server.core.tensors import spec_of
 from optserve_server.rpc import change, decode, decode_spec, encode
 
@@ -55,7 +56,8 @@ class CoreDriver:
 
     def __enter__(self) -> Self:
         self.loop = self._stack.enter_context(EventLoopThread())
-        self.registry = self._stack.enter_context(registry_on(self.loop, self._limits))
+        registry = self._stack.enter_context(registry_on(self.loop, self._limits))
+        self.registry = registry.of(DEFAULT_TENANT)
         return self
 
     def __exit__(
@@ -187,7 +189,7 @@ class _CoreWorker:
         self._task: asyncio.Task[Any]
         self._loop: asyncio.AbstractEventLoop
 
-    async def serve(self, registry: SessionRegistry, session_id: str, worker: int) -> None:
+    async def serve(self, registry: TenantRegistry, session_id: str, worker: int) -> None:
         """Take steps until the worker leaves."""
         self._loop, self._steps = asyncio.get_running_loop(), asyncio.Queue()
         task = asyncio.current_task()

@@ -63,6 +63,8 @@ class SessionOpened:
     """A session was created."""
 
     session_id: str
+    tenant: str
+    """Whose it is."""
     optimizer: str
     """torch's name of its optimizer: ``Adam``."""
 

@@ -19,6 +19,7 @@ from optserve_server.core.limits import Limits
 from optserve_server.core.session import Session
 from optserve_server.core.spec import SessionSpec
 from optserve_server.core.surroundings import Surroundings
+from optserve_server.core.tenant import TenantRegistry
 from optserve_server.core.work import to_its_end
 
 _T = TypeVar("_T")
@@ -56,8 +57,12 @@ class SessionRegistry:
         for actor in self._actors.values():
             actor.drain()
 
-    async def create(self, spec: SessionSpec) -> SessionActor:
-        """Create a session: reserve its memory, then take it.
+    def of(self, tenant: str) -> TenantRegistry:
+        """Return what a tenant has of this: every call is served from there."""
+        return TenantRegistry(self, tenant)
+
+    async def create(self, tenant: str, spec: SessionSpec) -> SessionActor:
+        """Create a tenant's session: reserve its memory, then take it.
 
         Raises:
             LimitError: There is no room for it.
@@ -79,6 +84,7 @@ class SessionRegistry:
         surroundings = self.surroundings
         opened = SessionOpened(
             session_id=secrets.token_hex(_ID_BYTES),
+            tenant=tenant,
             optimizer=spec.optimizer.kind,
         )
         actor = SessionActor(session, opened, count, surroundings)
@@ -87,14 +93,14 @@ class SessionRegistry:
         surroundings.observer.session_opened(opened)
         return actor
 
-    def find(self, session_id: str) -> SessionActor:
-        """Return a session, which is in use from now on: see Limits.idle_timeout_s.
+    def find(self, tenant: str, session_id: str) -> SessionActor:
+        """Return a tenant's session, which is in use from now on: see Limits.idle_timeout_s.
 
         Raises:
-            SessionNotFoundError: There is none of this id.
+            SessionNotFoundError: The tenant has none of this id. Another's is answered as none is.
         """
         actor = self._actors.get(session_id)
-        if actor is None:
+        if actor is None or actor.opened.tenant != tenant:
             raise SessionNotFoundError(
                 "there is no session of this id; it was never created, was deleted, or the server"
                 " has been restarted",
@@ -105,12 +111,15 @@ class SessionRegistry:
         actor.touch()
         return actor
 
-    def page(self, *, after: int, count: int) -> tuple[Sequence[SessionActor], int | None]:
-        """Return up to ``count`` sessions created after the one numbered ``after``.
+    def page(
+        self, tenant: str, *, after: int, count: int
+    ) -> tuple[Sequence[SessionActor], int | None]:
+        """Return up to ``count`` of a tenant's sessions, created after the one numbered ``after``.
 
         Beside them stands the number to go on from; None if these were the last.
         """
-        later = [actor for actor in self._actors.values() if self._order[actor.session_id] > after]
+        own = (actor for actor in self._actors.values() if actor.opened.tenant == tenant)
+        later = [actor for actor in own if self._order[actor.session_id] > after]
         page = later[:count]
         return page, self._order[page[-1].session_id] if len(later) > count else None
 
@@ -133,13 +142,13 @@ class SessionRegistry:
             raise
         actor.reserved_bytes += growth
 
-    async def delete(self, session_id: str) -> SessionActor:
-        """Forget a session, and return what it was. Calls that go on in it are ended.
+    async def delete(self, tenant: str, session_id: str) -> SessionActor:
+        """Forget a tenant's session, and return what it was. Calls that go on in it are ended.
 
         Raises:
-            SessionNotFoundError: There is none of this id.
+            SessionNotFoundError: As of find().
         """
-        actor = self.find(session_id)
+        actor = self.find(tenant, session_id)
         del self._actors[session_id]
         del self._order[session_id]
         await to_its_end(actor.work.spawn(self._close(actor)))
@@ -151,7 +160,7 @@ class SessionRegistry:
         for session_id in list(self._actors):
             actor = self._actors.get(session_id)  # Others come and go while one is being deleted.
             if actor is not None and actor.idle_s() > idle_timeout_s:
-                await self.delete(session_id)
+                await self.delete(actor.opened.tenant, session_id)
                 expired.append(session_id)
         return expired
 

@@ -16,8 +16,8 @@ from optserve_server.core.actor import SessionActor
 from optserve_server.core.errors import LimitExceededError, MissingFieldError
 from optserve_server.core.events import Direction
 from optserve_server.core.losses import LossOutcome
-from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.spec import Split
+from optserve_server.core.tenant import TenantRegistry
 from optserve_server.core.tensors import TensorSpec, spec_of
 from optserve_server.rpc import decode, encode, transfer
 
@@ -27,7 +27,7 @@ _COPIES = 4  # What came, and what torch computes between it and the gradient.
 
 
 async def evaluate(
-    request: pb.EvaluateLossRequest, registry: SessionRegistry
+    request: pb.EvaluateLossRequest, registry: TenantRegistry
 ) -> pb.EvaluateLossResponse:
     """Evaluate what came in one message.
 
@@ -63,7 +63,7 @@ async def evaluate(
 async def evaluate_stream(
     requests: AsyncIterator[pb.EvaluateLossStreamRequest | list[Chunk]],
     context: _Context,
-    registry: SessionRegistry,
+    registry: TenantRegistry,
 ) -> None:
     """Evaluate what comes in chunks, and answer in chunks.
 
@@ -136,7 +136,7 @@ def _wants(request: pb.EvaluateLossRequest | pb.LossBegin) -> bool:
     return decode.split(request.split) is Split.TRAIN
 
 
-def _bytes_of(specs: list[TensorSpec], registry: SessionRegistry) -> int:
+def _bytes_of(specs: list[TensorSpec], registry: TenantRegistry) -> int:
     """Return how much memory an evaluation takes.
 
     Raises:
@@ -162,7 +162,7 @@ async def _evaluate(
     request: pb.EvaluateLossRequest | pb.LossBegin,
     predictions: Tensor,
     targets: Tensor,
-    registry: SessionRegistry,
+    registry: TenantRegistry,
 ) -> LossOutcome:
     registry.surroundings.observer.bytes_moved(
         Direction.RECEIVED, predictions.nbytes + targets.nbytes

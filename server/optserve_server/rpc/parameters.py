@@ -16,14 +16,14 @@ from optserve_server.core.errors import (
     UnknownNameError,
 )
 from optserve_server.core.events import Direction
-from optserve_server.core.registry import SessionRegistry
+from optserve_server.core.tenant import TenantRegistry
 from optserve_server.rpc import decode, encode, transfer
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 async def upload(
-    requests: AsyncIterator[pb.UploadParametersRequest | list[Chunk]], registry: SessionRegistry
+    requests: AsyncIterator[pb.UploadParametersRequest | list[Chunk]], registry: TenantRegistry
 ) -> SessionActor:
     """Receive values of parameters, then set them all at once; return the session.
 
@@ -51,7 +51,7 @@ async def upload(
 
 
 async def download(
-    request: pb.DownloadParametersRequest, context: _Context, registry: SessionRegistry
+    request: pb.DownloadParametersRequest, context: _Context, registry: TenantRegistry
 ) -> None:
     """Send values of parameters as they are between two steps.
 

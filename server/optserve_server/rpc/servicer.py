@@ -16,6 +16,7 @@ from optserve_server import __version__
 from optserve_server.core.errors import TooManyError, within
 from optserve_server.core.events import Direction
 from optserve_server.core.registry import SessionRegistry
+from optserve_server.core.tenant import DEFAULT_TENANT, TenantRegistry
 from optserve_server.rpc import (
     change,
     decode,
@@ -59,7 +60,7 @@ class OptimizerServicer(OptimizerServiceServicer):
         encode.check_fits(spec, self._limits, "spec.parameters")
         values = decode_spec.values(request.values, spec, self._limits)
         with within("spec"):
-            actor = await self._registry.create(spec)
+            actor = await self._sessions().create(spec)
         _LOGGER.info(
             "session created",
             extra={
@@ -76,7 +77,7 @@ class OptimizerServicer(OptimizerServiceServicer):
             try:
                 await actor.set_parameters(values)
             except BaseException:  # The client has gone, and nobody else knows the id.
-                await self._registry.delete(actor.session_id)
+                await self._sessions().delete(actor.session_id)
                 raise
         return pb.CreateSessionResponse(session=encode.session(actor))
 
@@ -85,7 +86,7 @@ class OptimizerServicer(OptimizerServiceServicer):
     ) -> pb.GetSessionResponse:
         """Say where a session stands."""
         return pb.GetSessionResponse(
-            session=encode.session(self._registry.find(request.session_id))
+            session=encode.session(self._sessions().find(request.session_id))
         )
 
     async def ListSessions(
@@ -93,7 +94,7 @@ class OptimizerServicer(OptimizerServiceServicer):
     ) -> pb.ListSessionsResponse:
         """List the sessions, the oldest first."""
         after, count = decode.page(request.page_size, request.page_token, _PAGE_SESSIONS_MAX)
-        actors, next_after = self._registry.page(after=after, count=count)
+        actors, next_after = self._sessions().page(after=after, count=count)
         return pb.ListSessionsResponse(
             sessions=[encode.session_status(actor) for actor in actors],
             next_page_token="" if next_after is None else str(next_after),
@@ -103,14 +104,14 @@ class OptimizerServicer(OptimizerServiceServicer):
         self, request: pb.UpdateSessionRequest, context: _Context
     ) -> pb.UpdateSessionResponse:
         """Change a running session."""
-        actor = await change.update(request, self._registry)
+        actor = await change.update(request, self._sessions())
         return pb.UpdateSessionResponse(session=encode.session(actor))
 
     async def DeleteSession(
         self, request: pb.DeleteSessionRequest, context: _Context
     ) -> pb.DeleteSessionResponse:
         """Forget a session."""
-        actor = await self._registry.delete(request.session_id)
+        actor = await self._sessions().delete(request.session_id)
         _LOGGER.info(
             "session deleted",
             extra={"session": actor.session_id, "steps": actor.view.steps},
@@ -122,7 +123,7 @@ class OptimizerServicer(OptimizerServiceServicer):
     ) -> pb.UploadParametersResponse:
         """Set values of parameters."""
         with self._stream():
-            actor = await parameters.upload(request_iterator, self._registry)
+            actor = await parameters.upload(request_iterator, self._sessions())
             return pb.UploadParametersResponse(status=encode.session_status(actor))
 
     async def DownloadParameters(  # type: ignore[override] # writes by its context
@@ -130,22 +131,22 @@ class OptimizerServicer(OptimizerServiceServicer):
     ) -> None:
         """Send values of parameters."""
         with self._stream():
-            await parameters.download(request, context, self._registry)
+            await parameters.download(request, context, self._sessions())
 
     async def Train(  # type: ignore[override] # writes by its context
         self, request_iterator: AsyncIterator[pb.TrainRequest], context: _Context
     ) -> None:
         """Serve one worker's stream."""
         with self._stream():
-            await train.train(request_iterator, context, self._registry)
+            await train.train(request_iterator, context, self._sessions())
 
     async def Step(self, request: pb.StepRequest, context: _Context) -> pb.StepResponse:
         """Take a step that came in one message."""
-        return await step.step(request, self._registry)
+        return await step.step(request, self._sessions())
 
     async def EndEpoch(self, request: pb.EndEpochRequest, context: _Context) -> pb.EndEpochResponse:
         """End an epoch."""
-        actor = self._registry.find(request.session_id)
+        actor = self._sessions().find(request.session_id)
         async with actor.writing() as session:
             session.end_epoch(request.epoch)
         return pb.EndEpochResponse(status=encode.session_status(actor))
@@ -154,20 +155,20 @@ class OptimizerServicer(OptimizerServiceServicer):
         self, request: pb.EvaluateLossRequest, context: _Context
     ) -> pb.EvaluateLossResponse:
         """Compute the loss of what came in one message."""
-        return await evaluate.evaluate(request, self._registry)
+        return await evaluate.evaluate(request, self._sessions())
 
     async def EvaluateLossStream(  # type: ignore[override] # writes by its context
         self, request_iterator: AsyncIterator[pb.EvaluateLossStreamRequest], context: _Context
     ) -> None:
         """Compute the loss of what comes in chunks."""
         with self._stream():
-            await evaluate.evaluate_stream(request_iterator, context, self._registry)
+            await evaluate.evaluate_stream(request_iterator, context, self._sessions())
 
     async def ListLossPoints(
         self, request: pb.ListLossPointsRequest, context: _Context
     ) -> pb.ListLossPointsResponse:
         """Read a session's history."""
-        actor = self._registry.find(request.session_id)
+        actor = self._sessions().find(request.session_id)
         after, count = decode.page(request.page_size, request.page_token, _PAGE_POINTS_MAX)
         page = actor.session.history.page(decode.split(request.split), after=after, count=count)
         return pb.ListLossPointsResponse(
@@ -196,6 +197,10 @@ class OptimizerServicer(OptimizerServiceServicer):
             features=[shared_memory.FEATURE] if self._registry.surroundings.shared_memory else [],
             limits=pb.Limits(**{name: getattr(limits, name) for name in names}),
         )
+
+    def _sessions(self) -> TenantRegistry:
+        """Return what the caller has of the registry."""
+        return self._registry.of(DEFAULT_TENANT)
 
     @contextmanager
     def _stream(self) -> Iterator[None]:

@@ -11,8 +11,8 @@ from optserve.v1 import optimizer_service_pb2 as pb
 from optserve_server.core.actor import SessionActor
 from optserve_server.core.errors import MemoryExhaustedError
 from optserve_server.core.region import Region, RegionUnavailableError
-from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.spec import Wire
+from optserve_server.core.tenant import TenantRegistry
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ FEATURE = "shared-memory"
 
 
 async def offer(
-    registry: SessionRegistry, actor: SessionActor, worker: int, peer: str
+    registry: TenantRegistry, actor: SessionActor, worker: int, peer: str
 ) -> pb.SharedMemory | None:
     """Return what tells an attached worker where its tensors are; None if they are to travel.
 

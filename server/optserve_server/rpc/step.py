@@ -11,9 +11,9 @@ from optserve.wire import whole
 from optserve_server.core.actor import SessionActor
 from optserve_server.core.errors import LimitExceededError
 from optserve_server.core.events import Direction, Phase
-from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.round import Contribution
 from optserve_server.core.spec import Encoding
+from optserve_server.core.tenant import TenantRegistry
 from optserve_server.core.tensors import TensorSpec
 from optserve_server.rpc import decode, encode, encoded
 
@@ -21,7 +21,7 @@ _TAG_BYTES = 16  # At most, around the data of one tensor: tags and lengths.
 _RESULT_BYTES = 64  # At most, of a result's numbers.
 
 
-async def step(request: pb.StepRequest, registry: SessionRegistry) -> pb.StepResponse:
+async def step(request: pb.StepRequest, registry: TenantRegistry) -> pb.StepResponse:
     """Take a step that came in one message.
 
     Raises:

@@ -23,9 +23,9 @@ from optserve_server.core.errors import (
     StalledError,
 )
 from optserve_server.core.events import Direction, Phase
-from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.round import Contribution
 from optserve_server.core.surroundings import Overlap
+from optserve_server.core.tenant import TenantRegistry
 from optserve_server.rpc import decode, encode, encoded, shared_memory, status, transfer
 from optserve_server.rpc.ahead import MEMORY_BYTES, Ahead
 from optserve_server.rpc.packed import PackedForm
@@ -41,7 +41,7 @@ _ENDS_STREAM = (DrainingError, EventOutOfOrderError, SessionDeletedError, Stalle
 _AHEAD_FROM_BYTES = 2 << 20
 
 
-async def train(requests: _Requests, context: _Context, registry: SessionRegistry) -> None:
+async def train(requests: _Requests, context: _Context, registry: TenantRegistry) -> None:
     """Serve one worker's stream until the client half-closes.
 
     Raises:
@@ -61,7 +61,7 @@ async def train(requests: _Requests, context: _Context, registry: SessionRegistr
 
 
 @contextmanager
-def _room_ahead(registry: SessionRegistry, actor: SessionActor, peer: str) -> Iterator[bool]:
+def _room_ahead(registry: TenantRegistry, actor: SessionActor, peer: str) -> Iterator[bool]:
     """Reserve what it takes to answer steps ahead of their results.
 
     Yields whether that is to be done, and there is room for it.
@@ -92,7 +92,7 @@ class _WorkerStream:
         context: _Context,
         actor: SessionActor,
         worker: int,
-        registry: SessionRegistry,
+        registry: TenantRegistry,
     ) -> None:
         self._requests = requests
         self._context = context

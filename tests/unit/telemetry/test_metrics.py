@@ -64,7 +64,7 @@ def build(registry: CollectorRegistry, sessions_max: int = 2) -> Metrics:
 
 
 def opened(session_id: str = "a" * 32, optimizer: str = "Adam") -> SessionOpened:
-    return SessionOpened(session_id=session_id, optimizer=optimizer)
+    return SessionOpened(session_id=session_id, tenant="", optimizer=optimizer)
 
 
 def applied(

@@ -1,0 +1,55 @@
+"""Whose sessions they are: what one tenant can see and touch of a registry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from optserve_server.core.spec import SessionSpec
+
+if TYPE_CHECKING:
+    from optserve_server.core.actor import SessionActor
+    from optserve_server.core.registry import SessionRegistry
+
+DEFAULT_TENANT = ""
+"""Whose sessions they are where nobody is asked who they are."""
+
+
+class TenantRegistry:
+    """The registry as one tenant has it: what is somebody else's is not there.
+
+    Calls are given this and not the registry, so that none can forget to ask whose a session is.
+    """
+
+    def __init__(self, registry: SessionRegistry, tenant: str) -> None:
+        """Show ``tenant`` its part of ``registry``."""
+        self._registry = registry
+        self.tenant = tenant
+        self.limits = registry.limits
+        self.surroundings = registry.surroundings
+        self.budget = registry.budget
+
+    def check_accepting(self) -> None:
+        """Make sure that new work may begin; see SessionRegistry.check_accepting."""
+        self._registry.check_accepting()
+
+    async def create(self, spec: SessionSpec) -> SessionActor:
+        """Create a session of this tenant; see SessionRegistry.create."""
+        return await self._registry.create(self.tenant, spec)
+
+    def find(self, session_id: str) -> SessionActor:
+        """Return a session of this tenant; see SessionRegistry.find."""
+        return self._registry.find(self.tenant, session_id)
+
+    def page(self, *, after: int, count: int) -> tuple[Sequence[SessionActor], int | None]:
+        """Return some sessions of this tenant; see SessionRegistry.page."""
+        return self._registry.page(self.tenant, after=after, count=count)
+
+    def resized(self, actor: SessionActor, count: int) -> AbstractContextManager[None]:
+        """Reserve what a session of this tenant will need; see SessionRegistry.resized."""
+        return self._registry.resized(actor, count)
+
+    async def delete(self, session_id: str) -> SessionActor:
+        """Forget a session of this tenant; see SessionRegistry.delete."""
+        return await self._registry.delete(self.tenant, session_id)
