@@ -3,18 +3,21 @@
 #   make demo
 #   make test ARGS="-k adam"      # ARGS is handed on: to pytest, to the server, to the exam
 #   make demo PYTHON=python3.12   # any Python from 3.11 on
+#   make soak SOAK_SHARE=0.05     # a twentieth of it
 
 PYTHON ?= python3
 ARGS ?=
+SOAK_SHARE ?= 1
 BIN := .venv/bin
 DEV := .venv/.installed
 BENCH := .venv/.installed-bench
+SOAK := .venv/.installed-soak
 GENERATE := .venv-generate/.installed
 NODE := client/node/node_modules/.installed
 WHERE_NPM_IS := $(if $(shell command -v npm 2>/dev/null),$(NODE))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-large exam bench bench-check check fix generate node clean
+.PHONY: help demo serve test test-large soak exam bench bench-check check fix generate node clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +33,9 @@ test: $(DEV) $(GENERATE) $(WHERE_NPM_IS) ## Run the tests, but those that move h
 
 test-large: $(DEV) $(WHERE_NPM_IS) ## Run the tests that move hundreds of megabytes
 	@exec $(BIN)/pytest -m large $(ARGS)
+
+soak: $(DEV) $(SOAK) ## Break things, many times over, and count what was lost; says how long it takes
+	@cd tests && exec ../$(BIN)/python -m faults.machines --share $(SOAK_SHARE) $(ARGS)
 
 exam: $(DEV) $(WHERE_NPM_IS) ## Examine every client against a real server
 	@exec $(BIN)/python client/conformance/run.py $(ARGS)
@@ -72,6 +78,11 @@ $(DEV): requirements-server.txt requirements-dev.txt protos/pyproject.toml clien
 
 $(BENCH): tests/benchmarks/requirements.txt $(DEV)
 	@echo "Installing the peers to compare with into .venv ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+$(SOAK): tests/faults/machines/requirements.txt $(DEV)
+	@echo "Installing what guides the fuzzing into .venv ..."
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
