@@ -6,11 +6,12 @@ memory that was there before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, TypeAlias
 
+import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from optserve.encodings import BLOCK_ELEMENTS, PIECE_ELEMENTS, SCALE_BYTES
 from optserve.v1.tensor_pb2 import Encoding
@@ -18,12 +19,8 @@ from optserve.v1.tensor_pb2 import Encoding
 Floats: TypeAlias = NDArray[np.float32]
 Bytes: TypeAlias = NDArray[np.uint8]
 
-_BF16_NAN = 0x7FC0
-_FP16_NAN = 0x7E00
 _CODE_MAX = np.float32(127)
 _SCALE_MIN = np.float32(2.0**-126)  # The smallest normal number: below it a quotient is no code.
-_SHIFT = np.uint32(16)
-_HALF = np.uint32(0x7FFF)  # Just less than half of what is rounded away.
 
 
 class Codec(Protocol):
@@ -43,44 +40,24 @@ class Codec(Protocol):
         ...
 
 
-class Bf16:
-    """ENCODING_BF16: integer arithmetic on the bits, for NumPy has no bfloat16."""
+class Half:
+    """ENCODING_BF16 and ENCODING_FP16: elements of 16 bits, which NumPy and ml_dtypes convert."""
 
-    def __init__(self) -> None:
-        self._bits = np.empty(PIECE_ELEMENTS, "<u4")
-
-    def encode(self, values: Floats, data: Bytes) -> None:
-        """Round to nearest, ties to even: add half less one, and one more if what stays is odd."""
-        bits, halves = values.view("<u4"), data.view("<u2")
-        rounded = self._bits[: len(bits)]
-        np.right_shift(bits, _SHIFT, out=rounded)
-        np.bitwise_and(rounded, np.uint32(1), out=rounded)
-        np.add(rounded, _HALF, out=rounded)
-        np.add(rounded, bits, out=rounded)
-        np.copyto(halves, rounded.view("<u2")[1::2])
-        if np.isnan(values.max()):  # Rounding carries some of them over to infinity, or to zero.
-            halves[np.isnan(values)] = _BF16_NAN
-
-    def decode(self, data: Bytes, values: Floats) -> None:
-        """Widen, exactly."""
-        bits = values.view("<u4")
-        np.copyto(bits, data.view("<u2"))
-        np.left_shift(bits, _SHIFT, out=bits)
-
-
-class Fp16:
-    """ENCODING_FP16: NumPy's own conversions."""
+    def __init__(self, dtype: DTypeLike, nan: int) -> None:
+        """Convert to ``dtype``, whose NaN has the bits ``nan``."""
+        self._dtype = np.dtype(dtype)
+        self._nan = nan
 
     def encode(self, values: Floats, data: Bytes) -> None:
         """Round to nearest, ties to even."""
         with np.errstate(all="ignore"):  # Overflow is infinity, as the contract has it.
-            np.copyto(data.view("<f2"), values, casting="unsafe")
-        if np.isnan(values.max()):
-            data.view("<u2")[np.isnan(values)] = _FP16_NAN
+            np.copyto(data.view(self._dtype), values, casting="unsafe")
+        if np.isnan(values.max()):  # Whatever sign and payload they have, others know one.
+            data.view("<u2")[np.isnan(values)] = self._nan
 
     def decode(self, data: Bytes, values: Floats) -> None:
         """Widen, exactly."""
-        np.copyto(values, data.view("<f2"))
+        np.copyto(values, data.view(self._dtype), casting="unsafe")
 
 
 class Int8Blocks:
@@ -136,9 +113,9 @@ def _decode_blocks(data: Bytes, values: Floats) -> None:
     np.multiply(codes, scales, out=values, dtype=np.float32)
 
 
-CODECS: Mapping[Encoding.ValueType, type[Codec]] = {
-    Encoding.ENCODING_BF16: Bf16,
-    Encoding.ENCODING_FP16: Fp16,
+CODECS: Mapping[Encoding.ValueType, Callable[[], Codec]] = {
+    Encoding.ENCODING_BF16: lambda: Half(ml_dtypes.bfloat16, 0x7FC0),
+    Encoding.ENCODING_FP16: lambda: Half(np.float16, 0x7E00),
     Encoding.ENCODING_INT8_BLOCKS: Int8Blocks,
 }
 """What to make for each encoding."""
