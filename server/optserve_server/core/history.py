@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -38,6 +38,16 @@ class LossPage:
     """Whether points follow."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryState:
+    """All of a history."""
+
+    counts: Mapping[Split, int]
+    """How many points of each split there have been."""
+    points: Sequence[LossPoint]
+    """Those that are kept, in order."""
+
+
 class LossHistory:
     """The newest points of each split."""
 
@@ -61,10 +71,9 @@ class LossHistory:
         """Keep an evaluation, unless its split is NONE; let the oldest go if there are too many."""
         if split is Split.NONE:
             return
-        self._counts[split] += 1
-        self._points[split].append(
+        self.put(
             LossPoint(
-                sequence=sum(self._counts.values()),
+                sequence=self.count + 1,
                 split=split,
                 steps=steps,
                 epochs=epochs,
@@ -73,6 +82,28 @@ class LossHistory:
                 time_s=time_s,
             )
         )
+
+    def put(self, point: LossPoint) -> None:
+        """Keep a point, whose number is the next one."""
+        self._counts[point.split] += 1
+        self._points[point.split].append(point)
+
+    @property
+    def count(self) -> int:
+        """How many points there have been."""
+        return sum(self._counts.values())
+
+    def capture(self) -> HistoryState:
+        """Return a copy of everything."""
+        kept = [point for split in _SPLITS for point in self._points[split]]
+        kept.sort(key=lambda point: point.sequence)
+        return HistoryState(counts=dict(self._counts), points=kept)
+
+    def restore(self, state: HistoryState) -> None:
+        """Become the history that ``state`` was taken from."""
+        for point in state.points:
+            self._points[point.split].append(point)
+        self._counts |= state.counts
 
     def page(self, split: Split, *, after: int, count: int) -> LossPage:
         """Return up to ``count`` points with numbers above ``after``, in order.

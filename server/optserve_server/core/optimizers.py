@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,47 @@ def build(
         raise _refused(kind, error) from None
 
 
+def capture(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[int, dict[str, Value]], list[dict[str, Value | None]]]:
+    """Return copies, on the CPU, of what torch keeps and of what it has in force for each group.
+
+    What it keeps stands under the place of its parameter among the groups.
+    """
+    state = optimizer.state_dict()
+    kept = {
+        position: {name: _copy(value) for name, value in values.items()}
+        for position, values in state["state"].items()
+        if values
+    }
+    groups = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in state["param_groups"]
+    ]
+    return kept, groups
+
+
+def restore(
+    optimizer: torch.optim.Optimizer,
+    kept: Mapping[int, Mapping[str, Value]],
+    groups: Sequence[Mapping[str, Value | None]],
+) -> None:
+    """Give an optimizer what capture() took from one over the same groups.
+
+    Its tensors become the optimizer's.
+    """
+    places = itertools.count()
+    optimizer.load_state_dict(
+        {
+            "state": {position: dict(values) for position, values in kept.items()},
+            "param_groups": [
+                {**values, "params": [next(places) for _ in group["params"]]}
+                for values, group in zip(groups, optimizer.param_groups, strict=True)
+            ],
+        }
+    )
+
+
 def rehearse(
     kind: OptimizerKind,
     dtype: torch.dtype,
@@ -177,6 +219,12 @@ def rehearse(
         value for value in state if isinstance(value, Tensor) and value.shape == parameter.shape
     ]
     return sum(tensor.dtype.itemsize for tensor in tensors)
+
+
+def _copy(value: Value) -> Value:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _refused(kind: OptimizerKind, error: Exception) -> InvalidHyperparameterError:

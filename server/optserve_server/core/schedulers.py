@@ -94,6 +94,31 @@ class Schedule:
         """Set the rates of the next count; check_next() said that it will work."""
         self._torch.step()
 
+    def capture(self) -> dict[str, Value | None]:
+        """Return where the schedule stands: what torch keeps beside the scheduler's arguments."""
+        state: dict[str, Any] = self._torch.state_dict()
+        arguments = {"lr_lambdas", *SCHEDULERS[type(self._torch).__name__].defaults}
+        return {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in state.items()
+            if name not in arguments
+        }
+
+    def restore(self, state: Mapping[str, Value | None], *, stepped: bool) -> None:
+        """Go on from where capture() found the schedule.
+
+        Args:
+            state: As it was returned.
+            stepped: Whether the session has stepped.
+        """
+        listed = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in state.items()
+        }
+        self._torch.load_state_dict({**self._torch.state_dict(), **listed})
+        # Or torch would warn that the schedule advances before the optimizer's first step.
+        self._torch.optimizer._opt_called = stepped  # type: ignore[attr-defined]  # noqa: SLF001
+
     def rebase(self, group: int, lr: float) -> None:
         """Make ``lr`` the rate of a group from now on.
 

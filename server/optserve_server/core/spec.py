@@ -76,6 +76,30 @@ class Wire:
     parameters: Encoding = Encoding.PLAIN
 
 
+class DurabilityMode(enum.StrEnum):
+    """What survives the process of the server."""
+
+    NONE = "none"
+    """Nothing: the session is in memory only."""
+    SNAPSHOT = "snapshot"
+    """The session as it was at its last snapshot."""
+    JOURNAL = "journal"
+    """Whatever was acknowledged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Durability:
+    """How much of a session may be lost."""
+
+    mode: DurabilityMode = DurabilityMode.NONE
+    snapshot_steps: int = 0
+    """After how many steps a snapshot is taken, at the latest; 0: however many."""
+    snapshot_s: float = 0.0
+    """After how many seconds a change is in a snapshot, at the latest; 0: however many."""
+    fsync: bool = False
+    """Whether what was acknowledged survives a loss of power too. JOURNAL only."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionSpec:
     """What is in force for a session, every default filled in."""
@@ -94,3 +118,4 @@ class SessionSpec:
     round_timeout_s: float
     wire: Wire = field(default_factory=Wire)
     """Anything but PLAIN only if every parameter is FP32."""
+    durability: Durability = field(default_factory=Durability)
