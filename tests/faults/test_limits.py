@@ -242,6 +242,8 @@ def test_every_limit_is_tested_announced_and_can_be_set() -> None:
     elsewhere = {
         "message_bytes_max": test_a_message_beyond_its_limit_is_refused_by_grpc_itself,
         "stall_timeout_s": "test_stalls.py",
+        "calls_max": "test_too_many_calls.py",
+        "request_rate_max": "test_too_many_calls.py",
         "idle_timeout_s": "test_idle_sessions.py",
     }
     tested = {name.partition(" ")[0] for name in LIMITS} | set(elsewhere)

@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any, Final
 
 import grpc
@@ -20,7 +20,10 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from optserve.codec import codec_of, unwrapped
 from optserve_server.core.errors import MalformedMessageError, OptserveError
 from optserve_server.core.events import Observer, RpcKind, RpcMethod
-from optserve_server.rpc import status
+from optserve_server.core.limits import Limits
+from optserve_server.core.tenant import DEFAULT_TENANT
+from optserve_server.core.traffic import Traffic
+from optserve_server.rpc import status, transfer
 from optserve_server.rpc.constraints import check_known
 
 _LOGGER = logging.getLogger(__name__)
@@ -38,14 +41,29 @@ def methods_of(service: ServiceDescriptor) -> Iterator[RpcMethod]:
 
 
 class Boundary(grpc.aio.ServerInterceptor):
-    """Wraps every method of one service; others pass untouched."""
+    """Wraps every method of one service; others pass untouched.
 
-    def __init__(self, service: ServiceDescriptor, observer: Observer) -> None:
-        """Watch ``service`` and tell ``observer``."""
+    Every request is taken as a stream, even if it is one message: so a call is let in before its
+    message is read, and the message has to come in time.
+    """
+
+    def __init__(
+        self, service: ServiceDescriptor, observer: Observer, traffic: Traffic, limits: Limits
+    ) -> None:
+        """Watch a service.
+
+        Args:
+            service: Whose methods to wrap.
+            observer: Told of each call.
+            traffic: Lets calls in.
+            limits: For how long a message may take to come.
+        """
         self._methods = {f"/{each.service}/{each.method}": each for each in methods_of(service)}
         self._codecs = {each.name: codec_of(each.input_type) for each in service.methods}
         self._answer_codecs = {each.name: codec_of(each.output_type) for each in service.methods}
         self._observer = observer
+        self._traffic = traffic
+        self._limits = limits
 
     async def intercept_service(
         self,
@@ -64,8 +82,8 @@ class Boundary(grpc.aio.ServerInterceptor):
             or handler.stream_stream
         )
         make, wrap = {
-            RpcKind.UNARY: (grpc.unary_unary_rpc_method_handler, self._with_message),
-            RpcKind.SERVER_STREAM: (grpc.unary_stream_rpc_method_handler, self._with_message),
+            RpcKind.UNARY: (grpc.stream_unary_rpc_method_handler, self._with_message),
+            RpcKind.SERVER_STREAM: (grpc.stream_stream_rpc_method_handler, self._with_message),
             RpcKind.CLIENT_STREAM: (grpc.stream_unary_rpc_method_handler, self._with_messages),
             RpcKind.BIDI_STREAM: (grpc.stream_stream_rpc_method_handler, self._with_messages),
         }[method.kind]
@@ -90,8 +108,9 @@ class Boundary(grpc.aio.ServerInterceptor):
         return encode(message)
 
     def _with_message(self, method: RpcMethod, behaviour: Callable[..., Awaitable[Any]]) -> Any:
-        async def handle(request: Any, context: _Context) -> Any:
+        async def handle(requests: AsyncIterator[Any], context: _Context) -> Any:
             async with self._handling(method, context):
+                request = await transfer.next_or_none(requests, self._limits)
                 return await behaviour(_checked(method, request), context)
 
         return handle
@@ -110,7 +129,9 @@ class Boundary(grpc.aio.ServerInterceptor):
         self._observer.rpc_started(method)
         started, code = time.perf_counter(), "OK"
         try:
-            yield
+            self._traffic.begin(DEFAULT_TENANT)
+            with self._admitted(method):
+                yield
         except OptserveError as error:
             code = _go_name(status.STATUS[type(error)][0])
             self._observer.refused(status.reason_of(error))
@@ -131,8 +152,13 @@ class Boundary(grpc.aio.ServerInterceptor):
         finally:
             self._observer.rpc_handled(method, code, time.perf_counter() - started)
 
+    def _admitted(self, method: RpcMethod) -> AbstractContextManager[None]:
+        return self._traffic.call() if method.kind is RpcKind.UNARY else self._traffic.stream()
+
 
 def _checked(method: RpcMethod, request: Any) -> Any:
+    if request is None:
+        raise MalformedMessageError(f"{method.method} takes one message, and none came")
     if request is _MALFORMED:
         raise MalformedMessageError(f"the bytes are no message of {method.method}")
     if isinstance(request, list):  # Chunks of which every byte is known.

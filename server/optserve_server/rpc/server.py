@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from typing import Any
 
 import grpc
@@ -12,12 +13,19 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from optserve.v1 import optimizer_service_pb2
 from optserve.v1.optimizer_service_pb2_grpc import add_OptimizerServiceServicer_to_server
 from optserve_server.core.registry import SessionRegistry
+from optserve_server.core.traffic import Traffic
 from optserve_server.rpc.interceptor import Boundary
 from optserve_server.rpc.servicer import OptimizerServicer
 
 SERVICE = optimizer_service_pb2.DESCRIPTOR.services_by_name["OptimizerService"]
 """The service's descriptor."""
 
+# A connection that is no HTTP/2 connection by then is closed.
+_HANDSHAKE_TIMEOUT_S = 20.0
+# Clients connect again by themselves, and notice nothing.
+_CONNECTION_IDLE_MS = 10 * 60_000
+# Health, reflection and calls that are being refused come beside those that the limits count.
+_CALLS_BESIDE = 1_000
 # Bit of grpc's "identity" algorithm: tensors do not compress, and bombs do.
 _NO_COMPRESSION = 1 << 0
 _KEEPALIVE_MS = 60_000
@@ -74,9 +82,18 @@ class Server:
     def __init__(self, registry: SessionRegistry) -> None:
         """Build the server. Made on the event loop."""
         limits = registry.limits
+        handshake_timeout_s = min(limits.stall_timeout_s, _HANDSHAKE_TIMEOUT_S)
+        calls_max = limits.streams_max + limits.calls_max + _CALLS_BESIDE
         self._health = HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[Boundary(SERVICE, registry.surroundings.observer)],
+            interceptors=[
+                Boundary(
+                    SERVICE,
+                    registry.surroundings.observer,
+                    Traffic(limits, registry.surroundings.monotonic),
+                    limits,
+                )
+            ],
             options=[
                 ("grpc.max_receive_message_length", limits.message_bytes_max),
                 ("grpc.max_send_message_length", limits.message_bytes_max),
@@ -87,6 +104,12 @@ class Server:
                 ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
                 ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
                 ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.server_handshake_timeout_ms", round(handshake_timeout_s * 1000)),
+                ("grpc.max_connection_idle_ms", _CONNECTION_IDLE_MS),
+                # More on one connection would be refused; this many a proxy may need.
+                ("grpc.max_concurrent_streams", calls_max),
+                # Each may have a connection of its own, as far as there are descriptors.
+                ("grpc.max_allowed_incoming_connections", _connections_max(calls_max)),
             ],
         )
         add_OptimizerServiceServicer_to_server(OptimizerServicer(registry), self._server)
@@ -137,3 +160,14 @@ class Server:
                 ),
             )
         )
+
+
+def _connections_max(calls_max: int) -> int:
+    """Return how many connections to take: three in four of the descriptors, at the most.
+
+    The rest is for files, and for memory that is shared.
+    """
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors == resource.RLIM_INFINITY:
+        return calls_max
+    return min(calls_max, descriptors * 3 // 4)

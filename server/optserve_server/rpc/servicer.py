@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -13,7 +12,7 @@ import torch
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceServicer
 from optserve_server import __version__
-from optserve_server.core.errors import TooManyError, within
+from optserve_server.core.errors import within
 from optserve_server.core.events import Direction
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.tenant import DEFAULT_TENANT, TenantRegistry
@@ -35,7 +34,6 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 _LOGGER = logging.getLogger(__name__)
 _PAGE_SESSIONS_MAX = 100
 _PAGE_POINTS_MAX = 10_000  # About 50 bytes each: an eighth of a message.
-_RETRY_AFTER_S = 5.0
 
 
 class OptimizerServicer(OptimizerServiceServicer):
@@ -50,7 +48,6 @@ class OptimizerServicer(OptimizerServiceServicer):
         self._registry = registry
         self._limits = registry.limits
         self._catalogue = catalogue()
-        self._streams = 0
 
     async def CreateSession(
         self, request: pb.CreateSessionRequest, context: _Context
@@ -122,23 +119,20 @@ class OptimizerServicer(OptimizerServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadParametersRequest], context: _Context
     ) -> pb.UploadParametersResponse:
         """Set values of parameters."""
-        with self._stream():
-            actor = await parameters.upload(request_iterator, self._sessions())
-            return pb.UploadParametersResponse(status=encode.session_status(actor))
+        actor = await parameters.upload(request_iterator, self._sessions())
+        return pb.UploadParametersResponse(status=encode.session_status(actor))
 
     async def DownloadParameters(  # type: ignore[override] # writes by its context
         self, request: pb.DownloadParametersRequest, context: _Context
     ) -> None:
         """Send values of parameters."""
-        with self._stream():
-            await parameters.download(request, context, self._sessions())
+        await parameters.download(request, context, self._sessions())
 
     async def Train(  # type: ignore[override] # writes by its context
         self, request_iterator: AsyncIterator[pb.TrainRequest], context: _Context
     ) -> None:
         """Serve one worker's stream."""
-        with self._stream():
-            await train.train(request_iterator, context, self._sessions())
+        await train.train(request_iterator, context, self._sessions())
 
     async def Step(self, request: pb.StepRequest, context: _Context) -> pb.StepResponse:
         """Take a step that came in one message."""
@@ -161,8 +155,7 @@ class OptimizerServicer(OptimizerServiceServicer):
         self, request_iterator: AsyncIterator[pb.EvaluateLossStreamRequest], context: _Context
     ) -> None:
         """Compute the loss of what comes in chunks."""
-        with self._stream():
-            await evaluate.evaluate_stream(request_iterator, context, self._sessions())
+        await evaluate.evaluate_stream(request_iterator, context, self._sessions())
 
     async def ListLossPoints(
         self, request: pb.ListLossPointsRequest, context: _Context
@@ -201,23 +194,3 @@ class OptimizerServicer(OptimizerServiceServicer):
     def _sessions(self) -> TenantRegistry:
         """Return what the caller has of the registry."""
         return self._registry.of(DEFAULT_TENANT)
-
-    @contextmanager
-    def _stream(self) -> Iterator[None]:
-        """Count an open stream, of which there may be only so many.
-
-        Raises:
-            TooManyError: There are as many already.
-        """
-        if self._streams >= self._limits.streams_max:
-            raise TooManyError(
-                f"there are {self._streams} streams open, which is as many as allowed;"
-                " try again later",
-                expected=f"at most {self._limits.streams_max} streams",
-                retry_after_s=_RETRY_AFTER_S,
-            )
-        self._streams += 1
-        try:
-            yield
-        finally:
-            self._streams -= 1
