@@ -6,6 +6,7 @@
  *     ├── SessionError          the session's state: ask where it stands, and go on from there
  *     └── ServiceError          the server, or the way to it
  *         ├── LimitError            a limit: do what the message says
+ *         ├── UnauthenticatedError  it does not know, or not believe, who calls
  *         ├── UnavailableError      nothing answers, or it is about to stop
  *         ├── DeadlineError         no answer in time: what was asked may have been done
  *         ├── ClosedError           the client, or the worker, has been closed
@@ -51,6 +52,8 @@ export class SessionError extends OptserveError {}
 export class ServiceError extends OptserveError {}
 /** A limit: do what the message says. */
 export class LimitError extends ServiceError {}
+/** The server does not know who calls: there is no token, or one that it does not accept. */
+export class UnauthenticatedError extends ServiceError {}
 /** Nothing answers, or it is about to stop: try again, here or elsewhere. */
 export class UnavailableError extends ServiceError {}
 /** No answer in time: what was asked may have been done. */
@@ -100,6 +103,7 @@ export const CLASS_OF = new Map([
     'SEAT_TAKEN_OVER',
   ]),
   ...rows(LimitError, ['TOO_MANY', 'MEMORY_EXHAUSTED', 'LIMIT_EXCEEDED', 'RATE_EXCEEDED']),
+  ...rows(UnauthenticatedError, ['UNAUTHENTICATED']),
   ...rows(UnavailableError, ['DRAINING']),
   ...rows(InternalError, ['INTERNAL']),
 ]);
@@ -109,6 +113,7 @@ const CLASS_OF_CODE = new Map([
   [Code.CANCELLED, ClosedError],
   [Code.DEADLINE_EXCEEDED, DeadlineError],
   [Code.RESOURCE_EXHAUSTED, LimitError],
+  [Code.UNAUTHENTICATED, UnauthenticatedError],
   [Code.UNAVAILABLE, UnavailableError],
 ]);
 

@@ -10,6 +10,7 @@ export {
   RequestError,
   ServiceError,
   SessionError,
+  UnauthenticatedError,
   UnavailableError,
 } from './errors.js';
 export { Session } from './session.js';

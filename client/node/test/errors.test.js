@@ -12,6 +12,7 @@ import {
   OptserveError,
   ProtocolError,
   RequestError,
+  UnauthenticatedError,
   UnavailableError,
 } from '../src/errors.js';
 
@@ -53,6 +54,7 @@ test('a refused call becomes an error with its facts', () => {
 
 test('a call that no optserve has answered is classed by its code', () => {
   for (const [code, type] of /** @type {const} */ ([
+    [Code.UNAUTHENTICATED, UnauthenticatedError],
     [Code.UNAVAILABLE, UnavailableError],
     [Code.DEADLINE_EXCEEDED, DeadlineError],
     [Code.UNIMPLEMENTED, ProtocolError],

@@ -23,6 +23,7 @@ from optserve_client.errors import (
     ProtocolError,
     RequestError,
     SessionError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -36,6 +37,7 @@ _ERROR_BY_CODE: dict[str, type[OptserveError]] = {
     "ABORTED": SessionError,
     "DATA_LOSS": SessionError,
     "RESOURCE_EXHAUSTED": LimitError,
+    "UNAUTHENTICATED": UnauthenticatedError,
     "UNAVAILABLE": UnavailableError,
     "DEADLINE_EXCEEDED": DeadlineError,
     "UNIMPLEMENTED": ProtocolError,

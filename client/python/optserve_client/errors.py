@@ -32,6 +32,7 @@
     │   └── ScheduleFailedError             the schedule has no finite rate for the next count
     └── ServiceError                    the server, or the way to it
         ├── LimitError                      a limit: do what the message says
+        ├── UnauthenticatedError            it does not know, or not believe, who calls
         ├── UnavailableError                nothing answers, or it is about to stop
         ├── SharedMemoryError               it was asked for, and cannot be had
         ├── DeadlineError                   no answer in time: it may have been done, or not
@@ -216,6 +217,10 @@ class LimitError(ServiceError):
     """A limit of the server: do what the message says."""
 
 
+class UnauthenticatedError(ServiceError):
+    """The server does not know who calls: there is no token, or one that it does not accept."""
+
+
 class UnavailableError(ServiceError):
     """Nothing answers at the target, the connection broke, or the server is about to stop."""
 
@@ -277,6 +282,7 @@ ERROR_BY_REASON: dict[Reason.ValueType, type[OptserveError]] = {
     Reason.REASON_MEMORY_EXHAUSTED: LimitError,
     Reason.REASON_LIMIT_EXCEEDED: LimitError,
     Reason.REASON_RATE_EXCEEDED: LimitError,
+    Reason.REASON_UNAUTHENTICATED: UnauthenticatedError,
     Reason.REASON_DRAINING: UnavailableError,
     Reason.REASON_INTERNAL: InternalError,
 }

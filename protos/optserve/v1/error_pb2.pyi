@@ -115,6 +115,12 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """It is larger than Limits allows."""
     REASON_RATE_EXCEEDED: _Reason.ValueType  # 44
     """The tenant began more calls than Limits.request_rate_max allows; RetryInfo says when the next one may begin."""
+    REASON_UNAUTHENTICATED: _Reason.ValueType  # 40
+    """The caller.
+
+    The call does not show whose it is: it has no token, or one that is unknown, has expired, or is for another server; or
+    its certificate names nobody (UNAUTHENTICATED).
+    """
     REASON_DRAINING: _Reason.ValueType  # 31
     """The server.
 
@@ -213,6 +219,12 @@ REASON_LIMIT_EXCEEDED: Reason.ValueType  # 30
 """It is larger than Limits allows."""
 REASON_RATE_EXCEEDED: Reason.ValueType  # 44
 """The tenant began more calls than Limits.request_rate_max allows; RetryInfo says when the next one may begin."""
+REASON_UNAUTHENTICATED: Reason.ValueType  # 40
+"""The caller.
+
+The call does not show whose it is: it has no token, or one that is unknown, has expired, or is for another server; or
+its certificate names nobody (UNAUTHENTICATED).
+"""
 REASON_DRAINING: Reason.ValueType  # 31
 """The server.
 

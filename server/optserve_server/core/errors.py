@@ -39,6 +39,7 @@
     │   ├── MemoryExhaustedError
     │   ├── RateExceededError          too many calls in too short a time
     │   └── LimitExceededError
+    ├── UnauthenticatedError       the caller does not show who it is
     └── DrainingError              the server is about to stop
 
 Everything else that is raised is the server's own fault, and never shown to a client.
@@ -240,6 +241,10 @@ class RateExceededError(LimitError):
 
 class LimitExceededError(LimitError):
     """It is larger than allowed."""
+
+
+class UnauthenticatedError(OptserveError):
+    """The caller does not show who it is."""
 
 
 class DrainingError(OptserveError):

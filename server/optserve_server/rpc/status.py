@@ -56,6 +56,7 @@ STATUS: dict[type[errors.OptserveError], _Row] = {
     errors.MemoryExhaustedError: (_LIMIT, Reason.REASON_MEMORY_EXHAUSTED),
     errors.RateExceededError: (_LIMIT, Reason.REASON_RATE_EXCEEDED),
     errors.LimitExceededError: (_LIMIT, Reason.REASON_LIMIT_EXCEEDED),
+    errors.UnauthenticatedError: (grpc.StatusCode.UNAUTHENTICATED, Reason.REASON_UNAUTHENTICATED),
     errors.DrainingError: (grpc.StatusCode.UNAVAILABLE, Reason.REASON_DRAINING),
 }  # fmt: skip
 """Status code and reason of every leaf of the error tree; a test proves it total."""

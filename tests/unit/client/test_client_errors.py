@@ -112,6 +112,7 @@ def test_an_internal_error_carries_what_finds_it_in_the_log() -> None:
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineError),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.LimitError),
         (grpc.StatusCode.CANCELLED, errors.ClosedError),
+        (grpc.StatusCode.UNAUTHENTICATED, errors.UnauthenticatedError),
         (grpc.StatusCode.UNIMPLEMENTED, errors.ProtocolError),
         (grpc.StatusCode.UNKNOWN, errors.InternalError),
         (grpc.StatusCode.NOT_FOUND, errors.SessionError),

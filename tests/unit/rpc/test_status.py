@@ -14,6 +14,7 @@ from optserve_server.rpc import status
 CODES = {  # What the contract's comments say of each part of the enum.
     errors.CallerError: {grpc.StatusCode.INVALID_ARGUMENT},
     errors.LimitError: {grpc.StatusCode.RESOURCE_EXHAUSTED},
+    errors.UnauthenticatedError: {grpc.StatusCode.UNAUTHENTICATED},
     errors.DrainingError: {grpc.StatusCode.UNAVAILABLE},
     errors.SessionStateError: {
         grpc.StatusCode.NOT_FOUND,
