@@ -509,8 +509,9 @@ class TrainOpen(_message.Message):
     client_id: _builtins.bytes
     """client_id names the client object that sends: 16 random bytes, the same ones whenever it opens a stream. An open stream
     of the same client for the worker is ended with SEAT_TAKEN_OVER, so that a client whose connection broke need not wait
-    until the server has noticed; a step that it had ended counts, one that it had only begun does not. Of another client it
-    is left alone, and this one is refused with WORKER_BUSY. Empty: nobody's seat is taken over, nor is this one's.
+    until the server has noticed. What the server had taken by then stays: TrainOpened.contribution says what that is, and
+    nothing more will come of the other stream. Another client's stream is left alone, and this one is refused with
+    WORKER_BUSY. Empty: nobody's seat is taken over, nor is this one's.
     """
     def __init__(
         self,
@@ -788,7 +789,7 @@ class PackedStep(_message.Message):
     step: _builtins.int
     """step is the number of this step, as in StepBegin."""
     digest: _builtins.bytes
-    """digest as in StepBegin. The gradients of a repeat may be left out."""
+    """digest as in StepBegin."""
     @_builtins.property
     def gradients(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """gradients of all of the session's parameters, in its order: their bytes, as chunks would carry them. Unencoded they
@@ -1188,7 +1189,7 @@ class GetContributionResponse(_message.Message):
 
     @_builtins.property
     def result(self) -> Global___StepResult:
-        """result of that step. Unset: it was not applied yet, or another has been since."""
+        """result of that step. Unset: it was not applied yet."""
 
     @_builtins.property
     def status(self) -> _session_pb2.SessionStatus:

@@ -192,7 +192,8 @@ class OptimizerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetContribution(self, request, context):
-        """GetContribution says what became of the last step that a worker contributed to: for a client that got no answer.
+        """GetContribution says what became of the last step that a worker contributed to: for a client that got no answer. A step
+        that it does not tell of may still be on its way, unless the stream that carried it has ended: see TrainOpen.client_id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -59,7 +59,9 @@ class OptimizerServiceStub:
     Step: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.StepRequest, _optimizer_service_pb2.StepResponse]
     """Step is one step in one message each way, for small models, and where streams do not pass."""
     GetContribution: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.GetContributionRequest, _optimizer_service_pb2.GetContributionResponse]
-    """GetContribution says what became of the last step that a worker contributed to: for a client that got no answer."""
+    """GetContribution says what became of the last step that a worker contributed to: for a client that got no answer. A step
+    that it does not tell of may still be on its way, unless the stream that carried it has ended: see TrainOpen.client_id.
+    """
     EndEpoch: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.EndEpochRequest, _optimizer_service_pb2.EndEpochResponse]
     """EndEpoch ends an epoch: a scheduler that counts epochs advances. Of several workers any one calls it, once for all."""
     EvaluateLoss: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.EvaluateLossRequest, _optimizer_service_pb2.EvaluateLossResponse]
@@ -104,7 +106,9 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
     Step: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.StepRequest, _optimizer_service_pb2.StepResponse]  # type: ignore[assignment]
     """Step is one step in one message each way, for small models, and where streams do not pass."""
     GetContribution: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.GetContributionRequest, _optimizer_service_pb2.GetContributionResponse]  # type: ignore[assignment]
-    """GetContribution says what became of the last step that a worker contributed to: for a client that got no answer."""
+    """GetContribution says what became of the last step that a worker contributed to: for a client that got no answer. A step
+    that it does not tell of may still be on its way, unless the stream that carried it has ended: see TrainOpen.client_id.
+    """
     EndEpoch: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.EndEpochRequest, _optimizer_service_pb2.EndEpochResponse]  # type: ignore[assignment]
     """EndEpoch ends an epoch: a scheduler that counts epochs advances. Of several workers any one calls it, once for all."""
     EvaluateLoss: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.EvaluateLossRequest, _optimizer_service_pb2.EvaluateLossResponse]  # type: ignore[assignment]
@@ -206,7 +210,9 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _optimizer_service_pb2.GetContributionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_optimizer_service_pb2.GetContributionResponse, _abc.Awaitable[_optimizer_service_pb2.GetContributionResponse]]:
-        """GetContribution says what became of the last step that a worker contributed to: for a client that got no answer."""
+        """GetContribution says what became of the last step that a worker contributed to: for a client that got no answer. A step
+        that it does not tell of may still be on its way, unless the stream that carried it has ended: see TrainOpen.client_id.
+        """
 
     @_abc_1.abstractmethod
     def EndEpoch(

@@ -12,32 +12,24 @@ from torch import Tensor
 
 from optserve_server.core.errors import (
     EventOutOfOrderError,
-    InvalidFieldError,
     SessionDeletedError,
     UnknownNameError,
-    WorkerBusyError,
     draining_error,
 )
 from optserve_server.core.events import LossEvaluated, SessionOpened, StepApplied
+from optserve_server.core.history import LossPoint
 from optserve_server.core.losses import LossOutcome
+from optserve_server.core.outcome import StepOutcome
 from optserve_server.core.preview import Preview
 from optserve_server.core.region import Region
-from optserve_server.core.round import Contribution
+from optserve_server.core.round import Contribution, LastContribution
 from optserve_server.core.rounds import Rounds
-from optserve_server.core.session import Session, StepOutcome
+from optserve_server.core.seats import Seat, Seats, current_task
+from optserve_server.core.session import Session
 from optserve_server.core.spec import SessionSpec, Split
 from optserve_server.core.surroundings import Surroundings
 from optserve_server.core.tensors import TensorSpec, check_fits
 from optserve_server.core.work import Work, to_its_end
-
-
-@dataclass(slots=True)
-class Attachment:
-    """The one call that sends for a worker."""
-
-    task: asyncio.Task[Any]
-    resting: bool = False
-    """Whether the call waits between two steps, where it can be ended without harm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +75,7 @@ class SessionActor:
             check_open=self.check_open,
         )
         self._positions = {parameter.name: i for i, parameter in enumerate(session.spec.parameters)}
-        self._attached: dict[int, Attachment] = {}
+        self._seats = Seats(session.spec.workers)
         self._shared: dict[int, SharedMemory] = {}
         self._readers: set[asyncio.Task[Any]] = set()
         self._draining = False
@@ -105,7 +97,7 @@ class SessionActor:
 
     def idle_s(self) -> float:
         """Return for how long nobody has used the session; 0 while a worker has a call open."""
-        return 0.0 if self._attached else self._surroundings.monotonic() - self._used_s
+        return 0.0 if any(self._seats) else self._surroundings.monotonic() - self._used_s
 
     def check_open(self) -> None:
         """Make sure that the session is still there.
@@ -116,36 +108,34 @@ class SessionActor:
         if self.closed:
             raise self._deleted()
 
+    async def vacate(self, worker: int, client_id: bytes) -> None:
+        """End the stream that a client has left open for a worker; see Seats.vacate.
+
+        What the worker has contributed stays. While the server drains nothing is ended.
+        """
+        if not self._draining:
+            await self._seats.vacate(worker, client_id)
+
     @contextmanager
-    def attach(self, worker: int) -> Iterator[Attachment]:
-        """Be the one call that sends for ``worker``; close() and drain() may end it.
+    def attach(self, worker: int, client_id: bytes = b"") -> Iterator[Seat]:
+        """Be the one call that sends for ``worker``; close(), drain() and vacate() may end it.
 
         Raises:
             InvalidFieldError: The session has no such worker.
             WorkerBusyError: Another call sends for it.
         """
         self.check_open()
-        if worker >= self.spec.workers:
-            raise InvalidFieldError(
-                f"there is no worker {worker}; the session has {self.spec.workers}, from 0",
-                field="worker",
-                expected=f"0 to {self.spec.workers - 1}",
-                actual=worker,
-            )
-        if worker in self._attached:
-            raise WorkerBusyError(
-                f"another call is sending for worker {worker}", field="worker", actual=worker
-            )
-        self._attached[worker] = attachment = Attachment(task=_current_task())
+        seat = self._seats.take(worker, client_id)
         try:
-            yield attachment
+            yield seat
         except asyncio.CancelledError:  # By us, or by the client's leaving.
             self.check_open()
-            if self._draining and attachment.resting:
+            seat.check_held()
+            if self._draining and seat.resting:
                 raise draining_error() from None
             raise
         finally:
-            del self._attached[worker]
+            self._seats.leave(seat)
             if worker not in self._shared and not self.closed:
                 self._rounds.release(worker)
             self.touch()
@@ -183,25 +173,44 @@ class SessionActor:
         """
         return [self._position_of(tensor, f"{field}[{i}]") for i, tensor in enumerate(tensors)]
 
-    def begin(self, worker: int, step: int, announced: Sequence[TensorSpec] | None) -> Contribution:
+    def last_contribution(self, worker: int) -> LastContribution | None:
+        """Return the last step that a worker has contributed to; None if there is none.
+
+        Raises:
+            InvalidFieldError: The session has no such worker.
+        """
+        self._seats.check_worker(worker)
+        return self._rounds.last_contribution(worker)
+
+    def begin(
+        self,
+        worker: int,
+        step: int,
+        announced: Sequence[TensorSpec] | None,
+        digest: bytes = b"",
+    ) -> Contribution:
         """Prepare to receive the gradients of an attached worker; see Rounds.begin.
 
         Args:
             worker: Who sends.
             step: Number of the step.
             announced: What will come. None: a gradient for every parameter, in their order.
+            digest: What identifies the content, if it is known already.
         """
         self.check_open()
         positions = None if announced is None else self.positions_of(announced, "gradients")
-        return self._rounds.begin(worker, step, positions)
+        return self._rounds.begin(worker, step, positions, digest)
 
-    def begin_shared(self, worker: int, step: int, absent: Sequence[int]) -> Contribution:
+    def begin_shared(
+        self, worker: int, step: int, absent: Sequence[int], digest: bytes = b""
+    ) -> Contribution:
         """Prepare to take the gradients of an attached worker from where they are shared.
 
         Args:
             worker: Who has written them.
             step: Number of the step.
             absent: Positions of the parameters that have no gradient.
+            digest: What identifies the content, if anything does.
 
         Raises:
             EventOutOfOrderError: Nothing is shared with the worker.
@@ -214,7 +223,7 @@ class SessionActor:
             )
         missing = set(absent)
         present = [each for each in range(len(self._positions)) if each not in missing]
-        return self._rounds.begin(worker, step, present if missing else None)
+        return self._rounds.begin(worker, step, present if missing else None, digest)
 
     async def preview(self, preview: Preview, work: Callable[[], None]) -> bool:
         """Run ``work``, which computes with a preview, in a thread, while the session stays still.
@@ -239,7 +248,7 @@ class SessionActor:
         """Hold the parameters' values still, between two steps; see Session.parameters."""
         self.check_open()
         self.touch()
-        task = _current_task()
+        task = current_task()
         self._readers.add(task)
         try:
             async with self.work.lock.shared():
@@ -277,14 +286,8 @@ class SessionActor:
         outcome = await self.work.run(
             lambda: session.evaluate(predictions, targets, with_gradient=with_gradient)
         )
-        session.history.add(
-            split,
-            steps=self.view.steps,
-            epochs=self.view.epochs,
-            loss=outcome.loss,
-            accuracy=outcome.accuracy,
-            time_s=self._surroundings.clock(),
-        )
+        if split is not Split.NONE:
+            session.add_point(self._point(split, outcome))
         self._surroundings.observer.loss_evaluated(
             LossEvaluated(
                 session_id=self.session_id,
@@ -295,6 +298,17 @@ class SessionActor:
         )
         return outcome
 
+    def _point(self, split: Split, outcome: LossOutcome) -> LossPoint:
+        return LossPoint(
+            sequence=self.session.history.count + 1,
+            split=split,
+            steps=self.view.steps,
+            epochs=self.view.epochs,
+            loss=outcome.loss,
+            accuracy=outcome.accuracy,
+            time_s=self._surroundings.clock(),
+        )
+
     def touch(self) -> None:
         """Note that the session is in use."""
         self._used_s = self._surroundings.monotonic()
@@ -302,16 +316,16 @@ class SessionActor:
     def drain(self) -> None:
         """End the calls that rest between two steps; the others end by themselves after theirs."""
         self._draining = True
-        for attachment in self._attached.values():
-            if attachment.resting:
-                attachment.task.cancel()
+        for seat in self._seats:
+            if seat.resting:
+                seat.task.cancel()
         self._abandon_hopeless_round()
 
     async def close(self) -> None:
         """End every call that goes on in the session, and wait until nothing touches it."""
         self.closed = True
         self._rounds.abandon(self._deleted())
-        for task in {attachment.task for attachment in self._attached.values()} | self._readers:
+        for task in {seat.task for seat in self._seats} | self._readers:
             task.cancel()
         await to_its_end(self.work.spawn(self._forget()))
 
@@ -357,18 +371,9 @@ class SessionActor:
 
     def _abandon_hopeless_round(self) -> None:
         """While draining, let those go who wait for a worker that will not come any more."""
-        coming = any(
-            not attachment.resting and not self._rounds.has(worker)
-            for worker, attachment in self._attached.items()
-        )
+        coming = any(not seat.resting and not self._rounds.has(seat.worker) for seat in self._seats)
         if not coming:
             self._rounds.abandon(draining_error())
 
     def _deleted(self) -> SessionDeletedError:
         return SessionDeletedError(f"session {self.session_id} was deleted")
-
-
-def _current_task() -> asyncio.Task[Any]:
-    task = asyncio.current_task()
-    assert task is not None
-    return task

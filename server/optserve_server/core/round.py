@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from optserve_server.core.device import Device
-from optserve_server.core.errors import OptserveError
-from optserve_server.core.session import StepOutcome
+from optserve_server.core.errors import OptserveError, StepConflictError
+from optserve_server.core.outcome import StepOutcome
 
 
 class Round:
@@ -21,6 +21,8 @@ class Round:
         loop = asyncio.get_running_loop()
         self.step = step
         self._gradients: list[Sequence[Tensor | None] | None] = [None] * workers
+        self.digests = [b""] * workers
+        """What identifies the content of each contribution; empty where no digest was sent."""
         self.arrivals_s: list[float] = []
         """When each contribution came."""
         self.closed: asyncio.Future[None] = loop.create_future()
@@ -38,9 +40,10 @@ class Round:
         """Workers that have not contributed."""
         return [worker for worker, gradients in enumerate(self._gradients) if gradients is None]
 
-    def add(self, worker: int, gradients: Sequence[Tensor | None], time_s: float) -> None:
+    def add(self, contribution: Contribution, time_s: float) -> None:
         """Take a worker's gradients, which stay as they are until the round is done."""
-        self._gradients[worker] = gradients
+        self._gradients[contribution.worker] = contribution.gradients
+        self.digests[contribution.worker] = contribution.digest
         self.arrivals_s.append(time_s)
         if not self.missing:
             self.closed.set_result(None)
@@ -72,6 +75,8 @@ class Contribution:
 
     worker: int
     step: int
+    digest: bytes
+    """What identifies its content, if that is known already; empty: nothing."""
     gradients: Sequence[Tensor | None]
     """On the CPU, one for each parameter of the session; None where there is none."""
     targets: Sequence[Tensor]
@@ -81,6 +86,36 @@ class Contribution:
 
     A round that has it, or the last step.
     """
+
+    def check_digest(self) -> None:
+        """Make sure that what is sent again is what was sent first, as far as anybody can tell.
+
+        Raises:
+            StepConflictError: It is something else.
+        """
+        if self.settled is None or not self.digest:
+            return
+        first = self.settled.digests[self.worker]
+        if first and first != self.digest:
+            raise StepConflictError(
+                f"worker {self.worker} has contributed to step {self.step} already, with another"
+                " digest; this content is not applied: download the parameters, and go on from"
+                " where the session stands",
+                field="digest",
+                expected=first.hex(),
+                actual=self.digest.hex(),
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastContribution:
+    """The last step that a worker has contributed to."""
+
+    step: int
+    digest: bytes
+    """What identifies its content; empty: no digest was sent."""
+    outcome: StepOutcome | None
+    """What the step did. None: it waits for other workers, or for its turn to be applied."""
 
 
 def _mean(gradients: Sequence[Tensor | None], workers: int, device: Device) -> Tensor | None:

@@ -11,9 +11,11 @@ from torch import Tensor
 from optserve_server.core.device import Device
 from optserve_server.core.errors import OptserveError, RoundTimeoutError, StepOutOfOrderError
 from optserve_server.core.events import Observer, Phase
+from optserve_server.core.norms import check_finite, norm_of
+from optserve_server.core.outcome import StepOutcome
 from optserve_server.core.region import Region, RegionUnavailableError
-from optserve_server.core.round import Contribution, Round
-from optserve_server.core.session import Session, StepOutcome, norm_of
+from optserve_server.core.round import Contribution, LastContribution, Round
+from optserve_server.core.session import Session
 from optserve_server.core.work import Work
 
 
@@ -82,15 +84,29 @@ class Rounds:
         """Return whether the worker has contributed to the open round."""
         return self._round.has(worker)
 
-    def begin(self, worker: int, step: int, positions: Sequence[int] | None) -> Contribution:
+    def last_contribution(self, worker: int) -> LastContribution | None:
+        """Return the last step that a worker has contributed to; None if there is none."""
+        round_, outcome = self._round, self._outcome
+        if round_.has(worker):
+            return LastContribution(step=round_.step, digest=round_.digests[worker], outcome=None)
+        if outcome is None:
+            return None
+        # Every worker has contributed to it, or there had been no step.
+        return LastContribution(step=outcome.step, digest=outcome.digests[worker], outcome=outcome)
+
+    def begin(
+        self, worker: int, step: int, positions: Sequence[int] | None, digest: bytes = b""
+    ) -> Contribution:
         """Prepare to receive a worker's gradients for a step.
 
         Args:
             worker: Who sends; only one call at a time for each.
             step: Number of the step.
             positions: Which parameters' gradients will come. None: those of all, in their order.
+            digest: What identifies their content. Empty: nothing does, or it is not known yet.
 
         Raises:
+            StepConflictError: The worker has contributed other content to the step.
             OptserveError: The step cannot be taken. Nothing was changed.
         """
         self._session.check_ready()
@@ -110,9 +126,16 @@ class Rounds:
             staged = {each: self._staged(worker, each) for each in positions}
             gradients = [staged.get(each) for each in range(len(self._session.parameters))]
             targets = list(staged.values())
-        return Contribution(
-            worker=worker, step=step, gradients=gradients, targets=targets, settled=settled
+        contribution = Contribution(
+            worker=worker,
+            step=step,
+            digest=digest,
+            gradients=gradients,
+            targets=targets,
+            settled=settled,
         )
+        contribution.check_digest()
+        return contribution
 
     async def commit(self, contribution: Contribution) -> tuple[StepOutcome, bool]:
         """Give a received contribution to its round, and wait until the step is applied.
@@ -121,8 +144,10 @@ class Rounds:
             What the step did, and whether that had been done before.
 
         Raises:
+            StepConflictError: The worker has contributed other content to the step.
             OptserveError: The step was refused, or the other workers did not come in time.
         """
+        contribution.check_digest()  # It may have come with the last gradient only.
         if isinstance(contribution.settled, StepOutcome):
             if contribution.settled is not self._outcome:  # The parameters are of a later step now.
                 raise self._out_of_order(contribution.step)
@@ -157,18 +182,18 @@ class Rounds:
         session, gradients = self._session, contribution.gradients
         if session.spec.workers > 1:
             # A bad gradient is the mistake of the worker that brings it, and of no other.
-            await self._work.run(lambda: session.check_finite(gradients, norm_of(gradients)))
+            await self._work.run(lambda: check_finite(session.spec, gradients, norm_of(gradients)))
             self._check_open()
         round_ = self._round
         if round_.done.done():  # It was abandoned meanwhile; waiting for it will say why.
             return round_
-        round_.add(contribution.worker, gradients, self._monotonic())
+        round_.add(contribution, self._monotonic())
         if round_.missing:
             return round_
         if session.is_small and self._work.lock.is_free:
             # The way to a thread and back would cost more than the step. Nobody can come between.
             with self._settling(round_):
-                session.step(round_.mean(self._device))
+                session.step(round_.mean(self._device), round_.digests)
         else:
             self._work.spawn(self._apply(round_))
         return round_
@@ -178,7 +203,9 @@ class Rounds:
         async with self._work.lock.exclusive():
             with self._settling(round_):
                 self._check_open()
-                await self._work.run(lambda: self._session.step(round_.mean(self._device)))
+                await self._work.run(
+                    lambda: self._session.step(round_.mean(self._device), round_.digests)
+                )
 
     @contextmanager
     def _settling(self, round_: Round) -> Iterator[None]:

@@ -7,126 +7,53 @@ Not safe for concurrent use: SessionActor lets one writer in at a time.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from optserve_server.core import optimizers
+from optserve_server.core.changes import (
+    Change,
+    EpochChange,
+    ParametersChange,
+    PointChange,
+    SpecChange,
+    StepChange,
+)
 from optserve_server.core.device import Device
 from optserve_server.core.errors import (
     EpochEmptyError,
     EpochOutOfOrderError,
     LossNotSetError,
     NoGradientError,
-    NonFiniteGradientError,
     ParametersNotSetError,
     SessionFailedError,
 )
-from optserve_server.core.history import LossHistory
+from optserve_server.core.history import LossHistory, LossPoint
 from optserve_server.core.limits import Limits
 from optserve_server.core.losses import LossFunction, LossOutcome
+from optserve_server.core.norms import check_finite, norm_of
 from optserve_server.core.optimizers import OPTIMIZERS
+from optserve_server.core.outcome import SessionView, StepOutcome
 from optserve_server.core.preview import Preview
-from optserve_server.core.region import ALIGNMENT, Region
+from optserve_server.core.region import Region
 from optserve_server.core.schedulers import Schedule
 from optserve_server.core.spec import ScheduleUnit, SessionSpec
+from optserve_server.core.state import SessionState
 
 _NAMED_MAX = 5  # How many names a message lists.
 # Adam on so much takes 0.1 ms on one core, half of it for any size at all.
 _SMALL_TENSORS_MAX = 16
 _SMALL_ELEMENTS_MAX = 1 << 16
-# A large gradient's norm is made of its rows' norms, added up in FP64: the squares of 25 million
-# FP32 in one sum missed the norm by 1e-3, and took half as long again.
-_NORM_ROW = 1 << 14
-_NORM_ROWS_FROM = 1 << 20  # Fewer elements take less time, and lose nothing, in one sum.
-# Too narrow for a sum of squares.
-_NORM_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+_EXPRESSIONS_ONCE = {"expression_chars_max": 4096, "expression_nodes_max": 512}
 
+Recorder: TypeAlias = Callable[[Change, int], None]
+"""Writes a change down, and its number, after all checks and before it is made.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepOutcome:
-    """What a step did."""
-
-    step: int
-    """Number of the step, from 1."""
-    epochs: int
-    """Epochs that had been ended."""
-    rates: Mapping[str, float]
-    """Learning rate that the step used, by group."""
-    gradient_norm: float
-    """Euclidean norm of the gradient that was applied, over all parameters."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionView:
-    """Where a session stands between two steps."""
-
-    steps: int
-    """How many steps have been applied."""
-    epochs: int
-    """How many epochs have been ended."""
-    rates: Mapping[str, float]
-    """Learning rate that the next step will use, by group."""
-    ready: bool
-    """Whether every parameter has a value."""
-    failed: bool
-    """Whether a step failed half way."""
-
-
-def norm_of(gradients: Sequence[Tensor | None]) -> float:
-    """Return the Euclidean norm over all gradients, which are contiguous.
-
-    Not finite only if one of them is not, or if it overflows.
-    """
-    present = [gradient for gradient in gradients if gradient is not None]
-    norms = [_norm(gradient) for gradient in _joined(present)]
-    if norms and norms[0].is_cuda:  # Where to look at each of them would be to wait for each.
-        total: float = torch.linalg.vector_norm(
-            torch.stack([each.double() for each in norms])
-        ).item()
-        return total
-    return math.hypot(*(norm.item() for norm in norms))
-
-
-def _joined(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return all of them as one where they lie side by side in one Region; else as they are.
-
-    What lies between them is zeros, which add nothing. 161 tensors of 25 million elements take
-    2 ms longer than one.
-    """
-    if len(gradients) < 2 or gradients[0].dtype in _NORM_DTYPES:  # Those take a copy: of one, then.
-        return gradients
-    first = gradients[0]
-    memory, end = first.untyped_storage().data_ptr(), first.data_ptr()
-    for gradient in gradients:
-        gap = gradient.data_ptr() - end
-        same = gradient.dtype is first.dtype and gradient.untyped_storage().data_ptr() == memory
-        if not (same and 0 <= gap < ALIGNMENT):
-            return gradients
-        end += gap + gradient.nbytes
-    count = (end - first.data_ptr()) // first.itemsize
-    return [first.as_strided((count,), (1,))] if count >= _NORM_ROWS_FROM else gradients
-
-
-def _norm(gradient: Tensor) -> Tensor:
-    dtype = _NORM_DTYPES.get(gradient.dtype)
-    parts = gradient
-    if gradient.numel() >= _NORM_ROWS_FROM:
-        flat = gradient.view(-1)
-        whole = flat.numel() - flat.numel() % _NORM_ROW
-        rows = torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_ROW), dim=1, dtype=dtype)
-        rest = torch.linalg.vector_norm(flat[whole:], dtype=dtype)
-        parts, dtype = torch.cat([rows, rest.view(1)]), torch.float64
-    norm: Tensor = torch.linalg.vector_norm(parts, dtype=dtype)
-    return norm
-
-
-def _largest(gradient: Tensor) -> float:
-    """Return the largest magnitude; NaN if there is one. Takes no memory, unlike torch.isfinite."""
-    return torch.linalg.vector_norm(gradient, math.inf).item() if gradient.numel() else 0.0
+What it raises refuses the change, and nothing was changed.
+"""
 
 
 class Session:
@@ -167,7 +94,57 @@ class Session:
         self.failed = False
         self.version = 0
         """One more after each step, and after whatever else has an effect on the next one."""
+        self.sequence = 0
+        """Number of the last change, from 1: those that a journal would hold."""
+        self.recorder: Recorder | None = None
         self._region: Region | None = None
+
+    @classmethod
+    def restored(cls, state: SessionState, device: Device, limits: Limits) -> Session:
+        """Return the session that a state was taken from; the state's tensors become its own.
+
+        Raises:
+            CallerError: torch does not take the spec.
+            ValueError: The state is none of such a session.
+        """
+        # What was within the limits once goes on, whatever they are now.
+        session = cls(state.spec, device, dataclasses.replace(limits, **_EXPRESSIONS_ONCE))
+        session.set_parameters(dict(enumerate(state.parameters)))
+        session._unset = set(state.unset)
+        optimizers.restore(session._optimizer, state.optimizer_state, state.optimizer_groups)
+        if session._schedule and state.schedule is not None:
+            session._schedule.restore(state.schedule, stepped=state.last_outcome is not None)
+        session.history.restore(state.history)
+        session.epochs, session._epoch_steps = state.epochs, state.epoch_steps
+        session.last_outcome = state.last_outcome
+        session.sequence = state.sequence
+        return session
+
+    def capture(self) -> SessionState:
+        """Return a copy of everything; not while a step is being applied.
+
+        Raises:
+            SessionFailedError: A step failed half way.
+        """
+        self._check_whole()
+        kept, groups = optimizers.capture(self._optimizer)
+        return SessionState(
+            spec=self.spec,
+            sequence=self.sequence,
+            parameters=[mirror.clone() for mirror in self._mirrors],
+            unset=frozenset(self._unset),
+            optimizer_state=kept,
+            optimizer_groups=groups,
+            schedule=self._schedule.capture() if self._schedule else None,
+            epochs=self.epochs,
+            epoch_steps=self._epoch_steps,
+            last_outcome=self.last_outcome,
+            history=self.history.capture(),
+        )
+
+    def load(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the CPU on the session's device: itself if it is there."""
+        return self._device.load(tensor)
 
     @property
     def steps(self) -> int:
@@ -222,10 +199,7 @@ class Session:
             ParametersNotSetError: A parameter has no value.
             SessionFailedError: A step failed half way.
         """
-        if self.failed:
-            raise SessionFailedError(
-                "an earlier step failed half way; delete the session and create it anew"
-            )
+        self._check_whole()
         if self._unset:
             names = [self.spec.parameters[i].name for i in sorted(self._unset)]
             shown = ", ".join(names[:_NAMED_MAX]) + (", ..." if len(names) > _NAMED_MAX else "")
@@ -239,42 +213,26 @@ class Session:
 
     def set_parameters(self, values: Mapping[int, Tensor]) -> None:
         """Copy values, by position, into the parameters; shapes and dtypes are theirs."""
+        self._record(ParametersChange(values=values))
         for position, value in values.items():
             self._parameters[position].copy_(value)
             self._mirrors[position].copy_(value)
         self._unset -= values.keys()
         self.version += 1
 
-    def check_finite(self, gradients: Sequence[Tensor | None], norm: float) -> None:
-        """Make sure that no gradient holds a NaN or an infinity, unless the session allows it.
-
-        Args:
-            gradients: One for each parameter, or None where there is none.
-            norm: Their norm, which tells in nearly every case.
-
-        Raises:
-            NonFiniteGradientError: One does.
-        """
-        if self.spec.allow_non_finite or math.isfinite(norm):
-            return
-        # The norm may only have overflowed: look at each of them.
-        for position, gradient in enumerate(gradients):
-            if gradient is not None and not math.isfinite(_largest(gradient)):
-                name = self.spec.parameters[position].name
-                raise NonFiniteGradientError(
-                    f"the gradient of {name!r} holds a NaN or an infinity;"
-                    " the step was not applied",
-                    field=f"gradients[{name!r}]",
-                    expected="finite numbers",
-                    actual="NaN or infinity",
-                )
-
-    def step(self, gradients: Sequence[Tensor | None]) -> StepOutcome:
+    def step(
+        self,
+        gradients: Sequence[Tensor | None],
+        digests: Sequence[bytes] | None = None,
+        norm: float | None = None,
+    ) -> StepOutcome:
         """Apply one optimizer step, then advance the schedule if it counts steps.
 
         Args:
             gradients: One for each parameter, on the device, of its shape and dtype; None where
                 there is none. Consumed: the buffers may be overwritten.
+            digests: What identifies the content that each worker brought. None: no worker said.
+            norm: The gradients' norm, if it is known.
 
         Returns:
             What the step did.
@@ -290,14 +248,19 @@ class Session:
             raise NoGradientError(
                 "no worker brought a gradient to the step", field="gradients", expected="a gradient"
             )
-        norm = norm_of(gradients)
-        self.check_finite(gradients, norm)
+        norm = norm_of(gradients) if norm is None else norm
+        check_finite(self.spec, gradients, norm)
         advances = self._schedule if self.spec.schedule_unit is ScheduleUnit.STEPS else None
         if advances:
             advances.check_next()
         outcome = StepOutcome(
-            step=self.steps + 1, epochs=self.epochs, rates=self.rates, gradient_norm=norm
+            step=self.steps + 1,
+            epochs=self.epochs,
+            rates=self.rates,
+            gradient_norm=norm,
+            digests=digests or (b"",) * self.spec.workers,
         )
+        self._record(StepChange(outcome=outcome, gradients=gradients))
         self.version += 1
         try:
             self._apply(gradients)
@@ -347,6 +310,8 @@ class Session:
             raise EpochEmptyError(f"epoch {epoch} has no step yet", field="epoch")
         if self._schedule and self.spec.schedule_unit is ScheduleUnit.EPOCHS:
             self._schedule.check_next()
+        self._record(EpochChange(epoch=epoch))
+        if self._schedule and self.spec.schedule_unit is ScheduleUnit.EPOCHS:
             self._schedule.advance()
         self.epochs = epoch
         self._epoch_steps = 0
@@ -363,8 +328,10 @@ class Session:
         Raises:
             CallerError: torch does not take the loss. Nothing was changed.
         """
+        loss = self._loss
         if spec.loss is not self.spec.loss:
-            self._loss = LossFunction(spec.loss, self._device.torch) if spec.loss else None
+            loss = LossFunction(spec.loss, self._device.torch) if spec.loss else None
+        self._record(SpecChange(spec=spec, rates_set=rates_set))
         torch_groups = self._optimizer.param_groups
         for position, (group, rate_set) in enumerate(zip(spec.groups, rates_set, strict=True)):
             values = dict(group.hyperparameters)
@@ -374,8 +341,13 @@ class Session:
                 self._schedule.rebase(position, rate)
             elif rate_set:
                 torch_groups[position]["lr"] = rate
-        self.spec = spec
+        self.spec, self._loss = spec, loss
         self.version += 1
+
+    def add_point(self, point: LossPoint) -> None:
+        """Keep a point of the history, whose number is the next one."""
+        self._record(PointChange(point=point))
+        self.history.put(point)
 
     def evaluate(self, predictions: Tensor, targets: Tensor, *, with_gradient: bool) -> LossOutcome:
         """Compute the loss; changes nothing. See LossFunction.evaluate.
@@ -388,6 +360,18 @@ class Session:
                 "the session has no loss; set one with UpdateSession", field="loss"
             )
         return self._loss.evaluate(predictions, targets, with_gradient=with_gradient)
+
+    def _check_whole(self) -> None:
+        if self.failed:
+            raise SessionFailedError(
+                "an earlier step failed half way; delete the session and create it anew"
+            )
+
+    def _record(self, change: Change) -> None:
+        """Give a number to a change that is about to be made; have it written down if asked."""
+        if self.recorder is not None:
+            self.recorder(change, self.sequence + 1)
+        self.sequence += 1
 
     def _apply(self, gradients: Sequence[Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):

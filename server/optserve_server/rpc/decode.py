@@ -25,6 +25,7 @@ _T = TypeVar("_T")
 
 _ELEMENTS_MAX = 1 << 62  # torch counts elements in 63 bits, also where a dimension is zero.
 _POSITIONS_SHOWN = 5  # How many of them an error shows.
+_CLIENT_ID_BYTES = 16  # 128 random bits: nobody meets another's by chance.
 _SPLITS: Mapping[int, Split] = {
     session_pb2.SPLIT_UNSPECIFIED: Split.NONE,
     session_pb2.SPLIT_TRAIN: Split.TRAIN,
@@ -169,6 +170,38 @@ def non_finite(value: int, field: str) -> bool | None:
     if value == session_pb2.NON_FINITE_POLICY_UNSPECIFIED:
         return None
     return enum(_NON_FINITE, value, field)
+
+
+def digest(value: bytes, limits: Limits) -> bytes:
+    """Decode what identifies the content of a step; empty: nothing does.
+
+    Raises:
+        LimitExceededError: It is too long.
+    """
+    if len(value) > limits.digest_bytes_max:
+        raise LimitExceededError(
+            f"a digest has {len(value)} bytes; {limits.digest_bytes_max} are allowed",
+            field="digest",
+            expected=f"at most {limits.digest_bytes_max} bytes",
+            actual=f"{len(value)} bytes",
+        )
+    return value
+
+
+def client_id(value: bytes, field: str) -> bytes:
+    """Decode what names a client; empty: one that does not say.
+
+    Raises:
+        InvalidFieldError: It is neither empty nor of the right length.
+    """
+    if value and len(value) != _CLIENT_ID_BYTES:
+        raise InvalidFieldError(
+            f"a client's id has {_CLIENT_ID_BYTES} bytes",
+            field=field,
+            expected=f"{_CLIENT_ID_BYTES} bytes, or none",
+            actual=f"{len(value)} bytes",
+        )
+    return value
 
 
 def display_name(name: str, limits: Limits, field: str) -> str:

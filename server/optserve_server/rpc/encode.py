@@ -24,7 +24,8 @@ from optserve_server.core.errors import LimitExceededError
 from optserve_server.core.history import LossPoint
 from optserve_server.core.limits import Limits
 from optserve_server.core.losses import LossOutcome
-from optserve_server.core.session import StepOutcome
+from optserve_server.core.outcome import StepOutcome
+from optserve_server.core.round import LastContribution
 from optserve_server.core.spec import Choice, ScheduleUnit, SessionSpec, Split, Value
 from optserve_server.core.tensors import TensorSpec, byte_view, dtype_name, spec_of
 from optserve_server.rpc.constraints import kind_of
@@ -168,6 +169,13 @@ def step_result(outcome: StepOutcome, *, replayed: bool) -> optimizer_service_pb
         rates=group_rates(outcome.rates),
         gradient_norm=outcome.gradient_norm,
         replayed=replayed,
+    )
+
+
+def contribution(last: LastContribution) -> optimizer_service_pb2.Contribution:
+    """Encode the last step that a worker has contributed to."""
+    return optimizer_service_pb2.Contribution(
+        step=last.step, digest=last.digest, applied=last.outcome is not None
     )
 
 

@@ -15,8 +15,9 @@ from optserve_server import __version__
 from optserve_server.core.errors import within
 from optserve_server.core.events import Direction
 from optserve_server.core.registry import SessionRegistry
-from optserve_server.core.tenant import DEFAULT_TENANT, TenantRegistry
+from optserve_server.core.tenant import TenantRegistry
 from optserve_server.rpc import (
+    access,
     change,
     decode,
     decode_spec,
@@ -138,6 +139,19 @@ class OptimizerServicer(OptimizerServiceServicer):
         """Take a step that came in one message."""
         return await step.step(request, self._sessions())
 
+    async def GetContribution(
+        self, request: pb.GetContributionRequest, context: _Context
+    ) -> pb.GetContributionResponse:
+        """Say what became of a worker's last step."""
+        actor = self._sessions().find(request.session_id)
+        last = actor.last_contribution(request.worker)
+        outcome = last.outcome if last else None
+        return pb.GetContributionResponse(
+            contribution=encode.contribution(last) if last else None,
+            result=encode.step_result(outcome, replayed=True) if outcome else None,
+            status=encode.session_status(actor),
+        )
+
     async def EndEpoch(self, request: pb.EndEpochRequest, context: _Context) -> pb.EndEpochResponse:
         """End an epoch."""
         actor = self._sessions().find(request.session_id)
@@ -193,4 +207,4 @@ class OptimizerServicer(OptimizerServiceServicer):
 
     def _sessions(self) -> TenantRegistry:
         """Return what the caller has of the registry."""
-        return self._registry.of(DEFAULT_TENANT)
+        return self._registry.of(access.tenant())

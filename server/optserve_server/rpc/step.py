@@ -33,9 +33,10 @@ async def step(request: pb.StepRequest, registry: TenantRegistry) -> pb.StepResp
     _check_answer_fits(actor, limits.message_bytes_max)
     decode.check_tensor_count(len(request.gradients), limits, "gradients")
     specs = decode.tensor_specs([each.header for each in request.gradients], limits, "gradients")
+    digest = decode.digest(request.digest, limits)
     with actor.attach(request.worker):
         started = time.perf_counter()
-        contribution = actor.begin(request.worker, request.step, specs)
+        contribution = actor.begin(request.worker, request.step, specs, digest)
         count = _fill(contribution, request, specs, actor.spec.wire.gradients)
         observer.phase_ended(Phase.RECEIVE, time.perf_counter() - started)
         observer.bytes_moved(Direction.RECEIVED, count)

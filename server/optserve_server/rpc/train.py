@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.wire import Chunk, whole
-from optserve_server.core.actor import Attachment, SessionActor
+from optserve_server.core.actor import SessionActor
 from optserve_server.core.errors import (
     DrainingError,
     EventOutOfOrderError,
@@ -24,6 +25,7 @@ from optserve_server.core.errors import (
 )
 from optserve_server.core.events import Direction, Phase
 from optserve_server.core.round import Contribution
+from optserve_server.core.seats import Seat
 from optserve_server.core.surroundings import Overlap
 from optserve_server.core.tenant import TenantRegistry
 from optserve_server.rpc import decode, encode, encoded, shared_memory, status, transfer
@@ -48,16 +50,24 @@ async def train(requests: _Requests, context: _Context, registry: TenantRegistry
         OptserveError: The stream cannot be opened, or cannot go on.
     """
     opening = (await transfer.first(requests, "a stream", "open", registry.limits)).open
+    client_id = decode.client_id(opening.client_id, "open.client_id")
     actor = registry.find(opening.session_id)
-    with actor.attach(opening.worker) as attachment:
+    registry.check_accepting()  # Or a step that may still be finished would be broken off.
+    await actor.vacate(opening.worker, client_id)
+    with actor.attach(opening.worker, client_id) as seat:
         offer = None
         if opening.shared_memory:
             offer = await shared_memory.offer(registry, actor, opening.worker, context.peer())
-        opened = pb.TrainOpened(status=encode.session_status(actor), shared_memory=offer)
+        last = actor.last_contribution(opening.worker)
+        opened = pb.TrainOpened(
+            status=encode.session_status(actor),
+            shared_memory=offer,
+            contribution=encode.contribution(last) if last else None,
+        )
         await context.write(pb.TrainResponse(opened=opened))
         stream = _WorkerStream(requests, context, actor, opening.worker, registry)
         with _room_ahead(registry, actor, context.peer()) as overlaps:
-            await stream.run(attachment, overlaps=overlaps)
+            await stream.run(seat, overlaps=overlaps)
 
 
 @contextmanager
@@ -112,11 +122,11 @@ class _WorkerStream:
         self._number = 0
         self._refused = False
 
-    async def run(self, attachment: Attachment, *, overlaps: bool) -> None:
+    async def run(self, seat: Seat, *, overlaps: bool) -> None:
         """Serve until the client half-closes.
 
         Args:
-            attachment: To the session.
+            seat: The worker's.
             overlaps: Whether to answer steps while their gradients still arrive.
 
         Raises:
@@ -124,7 +134,7 @@ class _WorkerStream:
         """
         self._overlaps = overlaps
         try:
-            while (event := await self._next(attachment)) is not None:
+            while (event := await self._next(seat)) is not None:
                 try:
                     await self._take(event)
                 except _ENDS_STREAM:
@@ -136,16 +146,16 @@ class _WorkerStream:
                 if ahead:
                     await ahead.cancel()
 
-    async def _next(self, attachment: Attachment) -> _Event | None:
+    async def _next(self, seat: Seat) -> _Event | None:
         """Return the next event; None at the half-close.
 
         Between two steps the stream may rest for ever, unless the server drains.
         """
         if self._step is None:
             self._registry.check_accepting()
-            attachment.resting = True
+            seat.resting = True
             event = await anext(self._requests, None)
-            attachment.resting = False
+            seat.resting = False
             return event
         return await transfer.next_or_none(self._requests, self._limits)
 
@@ -166,7 +176,7 @@ class _WorkerStream:
             case "begin":
                 await self._begin(event.begin)
             case "end" if self._step:
-                await self._end(self._step)
+                await self._end(self._step, event.end.digest)
             case "end" if self._refused:
                 pass  # Sent before the client knew.
             case other:
@@ -184,7 +194,8 @@ class _WorkerStream:
                 expected="none",
                 actual=len(begin.gradients),
             )
-        contribution = self._actor.begin(self._worker, begin.step, announced)
+        digest = decode.digest(begin.digest, self._limits)
+        contribution = self._actor.begin(self._worker, begin.step, announced, digest)
         receiver = None
         if contribution.settled is None:
             targets = self._targets.of(contribution.targets)
@@ -206,14 +217,14 @@ class _WorkerStream:
             count = step.received(position)
             ahead.received(position, encoded.complete_elements(specs[position], encoding, count))
 
-    async def _end(self, step: _OpenStep) -> None:
-        step.finish()
+    async def _end(self, step: _OpenStep, digest: bytes) -> None:
+        contribution = step.finish(decode.digest(digest, self._limits))
         self._step = None
         self._observer.phase_ended(Phase.RECEIVE, time.perf_counter() - step.started_s)
         self._observer.bytes_moved(Direction.RECEIVED, step.byte_count)
         if self._ahead:
             await self._ahead.finish()
-        outcome, replayed = await self._actor.commit(step.contribution)
+        outcome, replayed = await self._actor.commit(contribution)
         started_s = time.perf_counter()
         async with self._actor.reading() as parameters:
             if self._ahead and self._ahead.holds:
@@ -246,7 +257,8 @@ class _WorkerStream:
         started_s = time.perf_counter()
         self._forget_step(packed.step)
         gradients = self._packed.gradients(packed)
-        contribution = self._actor.begin(self._worker, packed.step, None)
+        digest = decode.digest(packed.digest, self._limits)
+        contribution = self._actor.begin(self._worker, packed.step, None, digest)
         if contribution.settled is None:
             targets = self._targets.of(contribution.targets)
             for target, data in zip(targets, gradients, strict=True):
@@ -272,7 +284,8 @@ class _WorkerStream:
         """Take a step whose gradients are here already, and whose parameters need not travel."""
         self._forget_step(shared.step)
         absent = decode.positions(shared.absent, len(self._headers), "absent")
-        contribution = self._actor.begin_shared(self._worker, shared.step, absent)
+        digest = decode.digest(shared.digest, self._limits)
+        contribution = self._actor.begin_shared(self._worker, shared.step, absent, digest)
         outcome, replayed = await self._actor.commit(contribution)
         result = encode.step_result(outcome, replayed=replayed)
         await self._write(pb.TrainResponse(result=result))
@@ -324,11 +337,11 @@ class _OpenStep:
             receiver: Takes the chunks. None: they are not needed.
             announces: Whether the answer announces the parameters.
         """
-        self.contribution = contribution
         self.announces = announces
         self.started_s = time.perf_counter()
         self.byte_count = 0
         """How many bytes have come."""
+        self._contribution = contribution
         self._receiver = receiver
 
     def add(self, chunks: list[Chunk]) -> None:
@@ -340,7 +353,26 @@ class _OpenStep:
         """Return how many bytes of an announced gradient have come."""
         return self._receiver.received(position) if self._receiver else 0
 
-    def finish(self) -> None:
-        """Check that the gradients are complete; see Receiver.finish."""
+    def finish(self, digest: bytes) -> Contribution:
+        """Check that the gradients are complete, and return what was received.
+
+        Args:
+            digest: What identifies it, if that was not known at the beginning.
+
+        Raises:
+            InvalidFieldError: The digest is not the one that the step began with.
+            ByteCountMismatchError: As of Receiver.finish.
+        """
         if self._receiver:
             self._receiver.finish()
+        begun = self._contribution.digest
+        if not digest or digest == begun:
+            return self._contribution
+        if begun:
+            raise InvalidFieldError(
+                "the step ends with another digest than it began with",
+                field="digest",
+                expected=begun.hex(),
+                actual=digest.hex(),
+            )
+        return dataclasses.replace(self._contribution, digest=digest)
