@@ -57,6 +57,18 @@ def _sent_in_one_chunk(where: Ground) -> None:
 LIMITS: dict[str, tuple[Limits, Act, str, str]] = {
     "sessions_max": (Limits(sessions_max=1), _created(lambda _: None), "TOO_MANY", ""),
     "streams_max": (Limits(streams_max=1), _one_stream_more, "TOO_MANY", ""),
+    "tenant_sessions_max": (
+        Limits(tenant_sessions_max=1),
+        _created(lambda _: None),
+        "TOO_MANY",
+        "",
+    ),
+    "tenant_bytes_max": (
+        Limits(tenant_bytes_max=400_000),
+        _created(shaped(LARGE.numel())),
+        "MEMORY_EXHAUSTED",
+        "spec.parameters",
+    ),
     "memory_bytes_max": (
         Limits(memory_bytes_max=400_000),
         _created(shaped(LARGE.numel())),
@@ -242,6 +254,7 @@ def test_every_limit_is_tested_announced_and_can_be_set() -> None:
     elsewhere = {
         "message_bytes_max": test_a_message_beyond_its_limit_is_refused_by_grpc_itself,
         "stall_timeout_s": "test_stalls.py",
+        "transfer_rate_min": "test_slow_readers.py",
         "calls_max": "test_too_many_calls.py",
         "request_rate_max": "test_too_many_calls.py",
         "idle_timeout_s": "test_idle_sessions.py",

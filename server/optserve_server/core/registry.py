@@ -13,9 +13,15 @@ from typing import TypeVar
 from optserve_server.core.actor import SessionActor
 from optserve_server.core.admission import Budget, session_bytes
 from optserve_server.core.device import Device
-from optserve_server.core.errors import SessionNotFoundError, TooManyError, draining_error
+from optserve_server.core.errors import (
+    MemoryExhaustedError,
+    SessionNotFoundError,
+    TooManyError,
+    draining_error,
+)
 from optserve_server.core.events import SessionOpened
 from optserve_server.core.limits import Limits
+from optserve_server.core.quotas import Quotas
 from optserve_server.core.session import Session
 from optserve_server.core.spec import SessionSpec
 from optserve_server.core.surroundings import Surroundings
@@ -36,6 +42,7 @@ class SessionRegistry:
         self.limits = limits
         self.surroundings = surroundings
         self.budget = Budget(limits, surroundings.observer)
+        self._quotas = Quotas(limits)
         self._draining = False
         self._actors: dict[str, SessionActor] = {}
         self._order: dict[str, int] = {}
@@ -76,9 +83,13 @@ class SessionRegistry:
                 expected=f"at most {self.limits.sessions_max} sessions",
                 retry_after_s=_RETRY_AFTER_S,
             )
+        self._quotas.open(tenant)
         self._opening += 1
         try:
-            session, count = await self._build(spec)
+            session, count = await self._build(tenant, spec)
+        except BaseException:
+            self._quotas.close(tenant)
+            raise
         finally:
             self._opening -= 1
         surroundings = self.surroundings
@@ -134,11 +145,12 @@ class SessionRegistry:
         """
         self.budget.check_session(count, field="optimizer")
         growth = max(0, count - actor.reserved_bytes)
-        self.budget.reserve(growth, what="the change", field="optimizer")
+        tenant = actor.opened.tenant
+        self._reserve(tenant, growth, what="the change", field="optimizer")
         try:
             yield
         except BaseException:
-            self.budget.release(growth)
+            self._release(tenant, growth)
             raise
         actor.reserved_bytes += growth
 
@@ -168,21 +180,40 @@ class SessionRegistry:
         try:
             await actor.close()
         finally:
-            self.budget.release(actor.reserved_bytes)
+            self._release(actor.opened.tenant, actor.reserved_bytes)
+            self._quotas.close(actor.opened.tenant)
             self.surroundings.observer.session_closed(actor.opened)
 
-    async def _build(self, spec: SessionSpec) -> tuple[Session, int]:
+    async def _build(self, tenant: str, spec: SessionSpec) -> tuple[Session, int]:
         """Reserve a session's memory, and take it; return how much that is beside the session."""
         surroundings = self.surroundings
         count = await self._run(lambda: self._measure(spec))
         self.budget.check_session(count, field="parameters")
-        self.budget.reserve(count, what="the session", field="parameters")
+        self._reserve(tenant, count, what="the session", field="parameters")
         try:
             session = await self._run(lambda: Session(spec, surroundings.device, self.limits))
         except BaseException:
-            self.budget.release(count)
+            self._release(tenant, count)
             raise
         return session, count
+
+    def _reserve(self, tenant: str, count: int, *, what: str, field: str) -> None:
+        """Promise a session's memory, of the tenant's and of all; arguments as of Budget.reserve.
+
+        Raises:
+            MemoryExhaustedError: There is not that much left.
+        """
+        self._quotas.reserve(tenant, count, what=what, field=field)
+        try:
+            self.budget.reserve(count, what=what, field=field)
+        except MemoryExhaustedError:
+            self._quotas.release(tenant, count)
+            raise
+
+    def _release(self, tenant: str, count: int) -> None:
+        """Give back what was promised."""
+        self._quotas.release(tenant, count)
+        self.budget.release(count)
 
     def _measure(self, spec: SessionSpec) -> int:
         """Return how much memory a session will take, after a look at everything else about it."""
