@@ -77,6 +77,7 @@ class SessionActor:
         self._positions = {parameter.name: i for i, parameter in enumerate(session.spec.parameters)}
         self._seats = Seats(session.spec.workers)
         self._shared: dict[int, SharedMemory] = {}
+        self._uses = 0
         self._readers: set[asyncio.Task[Any]] = set()
         self._draining = False
 
@@ -96,8 +97,10 @@ class SessionActor:
         return str(self._surroundings.device.torch)
 
     def idle_s(self) -> float:
-        """Return for how long nobody has used the session; 0 while a worker has a call open."""
-        return 0.0 if any(self._seats) else self._surroundings.monotonic() - self._used_s
+        """Return for how long nobody has used the session; 0 while a transfer or stream goes on."""
+        if self._uses or self._readers or any(self._seats):
+            return 0.0
+        return self._surroundings.monotonic() - self._used_s
 
     def check_open(self) -> None:
         """Make sure that the session is still there.
@@ -308,6 +311,16 @@ class SessionActor:
             accuracy=outcome.accuracy,
             time_s=self._surroundings.clock(),
         )
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Note that the session is in use for as long as a block takes."""
+        self._uses += 1
+        try:
+            yield
+        finally:
+            self._uses -= 1
+            self.touch()
 
     def touch(self) -> None:
         """Note that the session is in use."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from torch import Tensor
 
 from optserve_server.core.history import LossPoint
+from optserve_server.core.outcome import StepOutcome
 from optserve_server.core.spec import SessionSpec
 from optserve_server.core.spec_json import Read, decode_spec, encode_spec
 from optserve_server.core.state import decode_point, encode_point
@@ -26,11 +27,10 @@ if TYPE_CHECKING:
 class StepChange:
     """A step is applied."""
 
-    step: int
+    outcome: StepOutcome
+    """What it will have done."""
     gradients: Sequence[Tensor | None]
     """What is applied: the workers' mean, on the session's device."""
-    digests: Sequence[bytes]
-    """What identifies what each worker brought."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,11 @@ def to_record(change: Change, sequence: int, time_s: float) -> Record:
     match change:
         case StepChange():
             kind = RecordKind.STEP
-            facts |= {"step": change.step, "digests": [each.hex() for each in change.digests]}
+            facts |= {
+                "step": change.outcome.step,
+                "gradient_norm": change.outcome.gradient_norm,
+                "digests": [digest.hex() for digest in change.outcome.digests],
+            }
             tensors = [
                 # copy on CUDA: device to host.
                 (position, gradient.detach().cpu())
@@ -125,7 +129,8 @@ def replay(session: Session, record: Record) -> float:
                 gradients[position] = session.load(gradient)
             if facts["step"] != session.steps + 1:
                 raise ValueError(f"step {facts['step']} cannot follow on step {session.steps}")
-            session.step(gradients, [bytes.fromhex(digest) for digest in facts["digests"]])
+            digests = [bytes.fromhex(digest) for digest in facts["digests"]]
+            session.step(gradients, digests, facts["gradient_norm"])
         case RecordKind.PARAMETERS:
             session.set_parameters(dict(record.tensors))
         case RecordKind.EPOCH:

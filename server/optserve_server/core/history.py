@@ -58,31 +58,6 @@ class LossHistory:
         }
         self._counts = dict.fromkeys(_SPLITS, 0)
 
-    def add(
-        self,
-        split: Split,
-        *,
-        steps: int,
-        epochs: int,
-        loss: float,
-        accuracy: float | None,
-        time_s: float,
-    ) -> None:
-        """Keep an evaluation, unless its split is NONE; let the oldest go if there are too many."""
-        if split is Split.NONE:
-            return
-        self.put(
-            LossPoint(
-                sequence=self.count + 1,
-                split=split,
-                steps=steps,
-                epochs=epochs,
-                loss=loss,
-                accuracy=accuracy,
-                time_s=time_s,
-            )
-        )
-
     def put(self, point: LossPoint) -> None:
         """Keep a point, whose number is the next one."""
         self._counts[point.split] += 1

@@ -5,14 +5,25 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optserve_server.core.history import LossHistory
+from optserve_server.core.history import LossHistory, LossPoint
 from optserve_server.core.spec import Split
 
 SPLITS = st.sampled_from([Split.TRAIN, Split.VALIDATION, Split.NONE])
 
 
 def _add(history: LossHistory, split: Split, loss: float = 0.0) -> None:
-    history.add(split, steps=1, epochs=0, loss=loss, accuracy=None, time_s=0.0)
+    if split is not Split.NONE:
+        history.put(
+            LossPoint(
+                sequence=history.count + 1,
+                split=split,
+                steps=1,
+                epochs=0,
+                loss=loss,
+                accuracy=None,
+                time_s=0.0,
+            )
+        )
 
 
 @given(

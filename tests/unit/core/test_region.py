@@ -20,8 +20,9 @@ from optserve.v1.session_pb2 import SessionSpec
 from optserve.v1.tensor_pb2 import DataType, TensorHeader
 from optserve_server.core.device import Device
 from optserve_server.core.limits import Limits
+from optserve_server.core.norms import norm_of
 from optserve_server.core.region import TOKEN_BYTES, Region, RegionUnavailableError
-from optserve_server.core.session import Session, norm_of
+from optserve_server.core.session import Session
 from optserve_server.core.tensors import TensorSpec
 from optserve_server.rpc.decode_spec import session_spec
 
