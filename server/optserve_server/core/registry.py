@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from optserve_server.core.actor import SessionActor
 from optserve_server.core.admission import Budget, session_bytes
+from optserve_server.core.creations import Creations
 from optserve_server.core.device import Device
 from optserve_server.core.errors import (
     MemoryExhaustedError,
@@ -43,6 +44,7 @@ class SessionRegistry:
         self.surroundings = surroundings
         self.budget = Budget(limits, surroundings.observer)
         self._quotas = Quotas(limits)
+        self.creations = Creations()
         self._draining = False
         self._actors: dict[str, SessionActor] = {}
         self._order: dict[str, int] = {}
@@ -163,6 +165,7 @@ class SessionRegistry:
         actor = self.find(tenant, session_id)
         del self._actors[session_id]
         del self._order[session_id]
+        self.creations.forget(session_id)
         await to_its_end(actor.work.spawn(self._close(actor)))
         return actor
 

@@ -6,14 +6,24 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from optserve_server.core.spec import SessionSpec
-
 if TYPE_CHECKING:
     from optserve_server.core.actor import SessionActor
     from optserve_server.core.registry import SessionRegistry
+    from optserve_server.core.spec import SessionSpec
 
 DEFAULT_TENANT = ""
 """Whose sessions they are where nobody is asked who they are."""
+
+TENANT_BYTES_MAX = 256  # An address or a URI; it stands in logs, and beside each session.
+
+
+def is_tenant(name: object) -> bool:
+    """Return whether ``name`` can be that of somebody who was asked."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name.encode(errors="replace")) <= TENANT_BYTES_MAX
+        and name.isprintable()
+    )
 
 
 class TenantRegistry:
@@ -29,6 +39,7 @@ class TenantRegistry:
         self.limits = registry.limits
         self.surroundings = registry.surroundings
         self.budget = registry.budget
+        self.creations = registry.creations
 
     def check_accepting(self) -> None:
         """Make sure that new work may begin; see SessionRegistry.check_accepting."""

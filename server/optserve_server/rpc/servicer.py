@@ -12,15 +12,13 @@ import torch
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceServicer
 from optserve_server import __version__
-from optserve_server.core.errors import within
-from optserve_server.core.events import Direction
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.tenant import TenantRegistry
 from optserve_server.rpc import (
     access,
     change,
+    create,
     decode,
-    decode_spec,
     encode,
     evaluate,
     parameters,
@@ -54,29 +52,7 @@ class OptimizerServicer(OptimizerServiceServicer):
         self, request: pb.CreateSessionRequest, context: _Context
     ) -> pb.CreateSessionResponse:
         """Create a session, with values for its parameters if they came along."""
-        spec = decode_spec.session_spec(request.spec, self._limits)
-        encode.check_fits(spec, self._limits, "spec.parameters")
-        values = decode_spec.values(request.values, spec, self._limits)
-        with within("spec"):
-            actor = await self._sessions().create(spec)
-        _LOGGER.info(
-            "session created",
-            extra={
-                "session": actor.session_id,
-                "optimizer": spec.optimizer.kind,
-                "parameters": len(spec.parameters),
-                "workers": spec.workers,
-                "reserved_bytes": actor.reserved_bytes,
-            },
-        )
-        if values:
-            count = sum(len(each.data) for each in request.values)
-            self._registry.surroundings.observer.bytes_moved(Direction.RECEIVED, count)
-            try:
-                await actor.set_parameters(values)
-            except BaseException:  # The client has gone, and nobody else knows the id.
-                await self._sessions().delete(actor.session_id)
-                raise
+        actor = await create.create(request, self._sessions())
         return pb.CreateSessionResponse(session=encode.session(actor))
 
     async def GetSession(
