@@ -244,7 +244,10 @@ class SessionActor:
     async def commit(self, contribution: Contribution) -> tuple[StepOutcome, bool]:
         """Contribute what was received, and wait for the step; see Rounds.commit."""
         self.check_open()
-        return await self._rounds.commit(contribution)
+        answer = await self._rounds.commit(contribution)
+        if contribution.settled is not None:
+            self._surroundings.observer.step_repeated(self.spec.optimizer.kind)
+        return answer
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[Sequence[Tensor]]:

@@ -112,6 +112,9 @@ class Observer(Protocol):
     def step_applied(self, event: StepApplied) -> None:
         """A session made a step."""
 
+    def step_repeated(self, optimizer: str) -> None:
+        """A step of a session was sent again: answered, and not applied again."""
+
     def loss_evaluated(self, event: LossEvaluated) -> None:
         """A session evaluated its loss."""
 
@@ -156,6 +159,9 @@ class NullObserver:
         """Ignore it."""
 
     def step_applied(self, event: StepApplied) -> None:
+        """Ignore it."""
+
+    def step_repeated(self, optimizer: str) -> None:
         """Ignore it."""
 
     def loss_evaluated(self, event: LossEvaluated) -> None:

@@ -98,6 +98,11 @@ class Metrics:
 
         info = Info("optserve_build", "What is running.", registry=own)
         steps = counter("optserve_steps_total", "Steps applied.", ["optimizer"])
+        repeats = counter(
+            "optserve_steps_repeated_total",
+            "Steps sent again, which were answered and not applied again.",
+            ["optimizer"],
+        )
         phases = Histogram(
             "optserve_step_phase_duration_seconds",
             "Time that each part of a step took.",
@@ -130,6 +135,7 @@ class Metrics:
         info.info({"version": build.version, "torch": build.torch, "device": build.device})
         optimizers = tuple(optimizers)
         self._steps = _Bound(steps.labels, optimizers)
+        self._repeats = _Bound(repeats.labels, optimizers)
         self._phases = _Bound(phases.labels, Phase)
         self._tensor_bytes = _Bound(tensor_bytes.labels, Direction)
         self._losses = _Bound(losses.labels, ("train", "validation", UNKEPT_SPLIT))
@@ -158,6 +164,10 @@ class Metrics:
         """Count the step, and show it."""
         self._steps[event.optimizer].inc()
         self._session_gauges.step(event)
+
+    def step_repeated(self, optimizer: str) -> None:
+        """Count it."""
+        self._repeats[optimizer].inc()
 
     def loss_evaluated(self, event: LossEvaluated) -> None:
         """Count the evaluation, and show it if it is kept."""

@@ -164,6 +164,7 @@ def test_device_memory_is_no_metric_where_nobody_knows_it() -> None:
 def test_events_move_their_counters(registry: CollectorRegistry, metrics: Observer) -> None:
     metrics.step_applied(applied(1))
     metrics.step_applied(applied(2))
+    metrics.step_repeated("Adam")
     metrics.bytes_moved(Direction.SENT, 300)
     metrics.bytes_moved(Direction.SENT, 40)
     metrics.refused("TOO_MANY")
@@ -172,6 +173,8 @@ def test_events_move_their_counters(registry: CollectorRegistry, metrics: Observ
     value = registry.get_sample_value
     assert value("optserve_steps_total", {"optimizer": "Adam"}) == 2
     assert value("optserve_steps_total", {"optimizer": "SGD"}) == 0
+    assert value("optserve_steps_repeated_total", {"optimizer": "Adam"}) == 1
+    assert value("optserve_steps_repeated_total", {"optimizer": "SGD"}) == 0
     assert value("optserve_tensor_bytes_total", {"direction": "sent"}) == 340
     assert value("optserve_tensor_bytes_total", {"direction": "received"}) == 0
     assert value("optserve_refusals_total", {"reason": "TOO_MANY"}) == 1
