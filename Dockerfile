@@ -1,7 +1,11 @@
 # The server in an image: the contract and the server, no client; nothing that runs in it needs a shell.
 #
 #   docker build -t optserve .
-#   docker run --rm --read-only --tmpfs /tmp --cap-drop ALL -p 50051:50051 -p 9464:9464 optserve
+#   docker run --rm --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
+#       -e OPTSERVE_ALLOW_PLAINTEXT=true -p 127.0.0.1:50051:50051 -p 127.0.0.1:9464:9464 optserve
+#
+# Without TLS (OPTSERVE_TLS_CERTIFICATE, OPTSERVE_TLS_KEY) it serves only where it is told that it may; see
+# server/docs/operations.md, which also has the health check for TLS.
 #
 # For CUDA, torch comes from another index:
 #   docker build -t optserve:cuda --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130 .

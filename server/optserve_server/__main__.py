@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from optserve_server import config
 from optserve_server.app import serve
 from optserve_server.core.device import DeviceUnavailableError
-from optserve_server.rpc.server import AddressInUseError
+from optserve_server.rpc.listening import AddressInUseError
+from optserve_server.rpc.watched import UnusableFileError
 from optserve_server.telemetry import logs
 
 EXIT_SETTINGS = 2  # As argparse has it: the command line, the environment or the file is wrong.
@@ -28,6 +29,9 @@ def main() -> int:
     logs.configure(settings.log_format, settings.log_level)
     try:
         asyncio.run(serve(settings))
+    except UnusableFileError as error:
+        sys.stderr.write(f"optserve-server: {error}\n")
+        return EXIT_SETTINGS
     except (DeviceUnavailableError, AddressInUseError, OSError) as error:
         sys.stderr.write(f"optserve-server: {error}\n")
         return EXIT_UNAVAILABLE
@@ -38,7 +42,10 @@ def _told(error: Exception) -> str:
     """Say what is wrong with the settings, one line for each."""
     if not isinstance(error, ValidationError):
         return str(error)
-    lines = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+    lines = [
+        ": ".join([*map(str, each["loc"]), each["msg"].removeprefix("Value error, ")])
+        for each in error.errors()
+    ]
     return "\n".join([*lines, "see --help"])
 
 

@@ -23,8 +23,11 @@ from optserve_server.core.device import Device
 from optserve_server.core.optimizers import OPTIMIZERS
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.surroundings import Overlap, Surroundings
+from optserve_server.rpc.access import Access
 from optserve_server.rpc.interceptor import methods_of
 from optserve_server.rpc.server import SERVICE, Server
+from optserve_server.rpc.tls import Credentials, server_credentials
+from optserve_server.rpc.tokens import Tokens
 from optserve_server.telemetry.endpoint import MetricsEndpoint
 from optserve_server.telemetry.metrics import Build, Metrics
 
@@ -38,11 +41,13 @@ async def serve(config: Config) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain; a second signal ends what still goes on at once.
 
     Raises:
+        UnusableFileError: A file that the settings name cannot be used.
         DeviceUnavailableError: The device is not there.
         AddressInUseError, OSError: An address cannot be bound.
     """
     # torch's advice to whoever chose the reduction, who is a client and not in front of our log.
     warnings.filterwarnings("ignore", message="reduction: 'mean' divides", category=UserWarning)
+    credentials, access = _credentials(config), _access(config)
     device = Device(config.device)
     keep_freed_memory()
     metrics_registry, metrics = _metrics(config, device)
@@ -59,15 +64,48 @@ async def serve(config: Config) -> None:
         endpoint = MetricsEndpoint(
             metrics_registry, host=config.metrics_host, port=config.metrics_port
         )
-        server = Server(registry)
+        server = Server(registry, access)
         try:
-            address = await server.start(config.host, config.port)
+            address = await server.start(config.host, config.port, credentials)
             stop = _signalled()  # Before anybody is told that we serve, and so may ask us to stop.
             _announce(config, address, endpoint.address, device)
             await _until_stopped(stop, server, registry, config)
         finally:
             await server.stop(0)
             endpoint.stop()
+
+
+def _credentials(config: Config) -> Credentials | None:
+    """Return what to serve TLS with; None if nobody is to."""
+    if config.tls_certificate and config.tls_key:
+        return server_credentials(config.tls_certificate, config.tls_key, config.tls_client_ca)
+    if not config.is_private:
+        _LOGGER.warning(
+            "no TLS: whoever is between can read, and change, what passes",
+            extra={"host": config.host, "tokens_too": bool(config.tokens or config.jwt_jwks)},
+        )
+    return None
+
+
+def _access(config: Config) -> Access:
+    """Return what asks callers who they are."""
+    issuer = None
+    if config.jwt_jwks and config.jwt_issuer and config.jwt_audience:
+        # Here, and not above: PyJWT need not be installed.
+        from optserve_server.rpc.issued import IssuedTokens, keys_at  # noqa: PLC0415
+
+        issuer = IssuedTokens(
+            keys=keys_at(config.jwt_jwks),
+            issuer=config.jwt_issuer,
+            audience=config.jwt_audience,
+            claim=config.jwt_claim,
+            leeway_s=config.jwt_leeway_s,
+        )
+    return Access(
+        tokens=Tokens(config.tokens) if config.tokens else None,
+        issuer=issuer,
+        certificates=config.tls_client_ca is not None,
+    )
 
 
 def _executor(config: Config) -> ThreadPoolExecutor:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import ipaddress
 import tomllib
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import ByteSize, Field, model_validator
 from pydantic_settings import (
@@ -54,12 +57,35 @@ class Config(BaseSettings):
     """TOML file with settings; the names are those of the flags, with underscores."""
 
     host: str = "127.0.0.1"
-    """Address to serve gRPC on.
-
-    There is no TLS yet: beyond this machine only in a network that you trust.
-    """
+    """Address to serve gRPC on, or unix:/path of a socket, for the server's user alone. One that
+    others can reach needs TLS, or allow_plaintext."""
     port: Port = 50051
     """Port to serve gRPC on; 0 takes a free one."""
+    tls_certificate: Path | None = None
+    """PEM file with the server's certificate, and those between it and its root. Turns on TLS.
+    Read again when it changes, like all files of these settings."""
+    tls_key: Path | None = None
+    """PEM file with the certificate's key, not encrypted."""
+    tls_client_ca: Path | None = None
+    """PEM file with the roots of clients' certificates, which clients must have then. Without
+    tokens the certificate's name is the tenant."""
+    allow_plaintext: bool = False
+    """Whether to serve without TLS where others than this host can listen, and change what
+    passes."""
+    tokens: Path | None = None
+    """TOML file with the hashes of tokens, and whose they are; callers must have one then.
+    `python -m optserve_server.rpc.tokens TENANT` makes one."""
+    jwt_jwks: str | None = None
+    """Where the public keys of an identity provider are, whose tokens (JWT) callers may have: an
+    https URL, or a file."""
+    jwt_issuer: str | None = None
+    """What these tokens have as `iss`."""
+    jwt_audience: str | None = None
+    """What these tokens have as `aud`: what the provider calls this server."""
+    jwt_claim: Annotated[str, Field(min_length=1)] = "sub"
+    """The claim of these tokens that names the tenant."""
+    jwt_leeway_s: Annotated[float, Field(ge=0, le=600)] = 30.0
+    """How far the provider's clock may be from this one's."""
     metrics_host: str = "127.0.0.1"
     """Address to serve /metrics on."""
     metrics_port: Port = 9464
@@ -79,7 +105,7 @@ class Config(BaseSettings):
     """Whether clients of the same user on this host may have tensors in memory that they share."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """Whether to answer a step while its gradients still arrive, which a slow link needs and which
-    takes up to 48 MiB for each stream: on, off, or auto for clients that are not on this host."""
+    takes up to 48 MiB for each step under way: on, off, or auto for clients that are not on this host."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least important messages that are logged."""
@@ -156,6 +182,39 @@ class Config(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _files_belong_together(self) -> Config:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key need each other")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        provider = (self.jwt_jwks, self.jwt_issuer, self.jwt_audience)
+        if any(provider) and not all(provider):
+            raise ValueError("jwt_jwks, jwt_issuer and jwt_audience need each other")
+        if self.jwt_jwks and not find_spec("jwt"):
+            raise ValueError('jwt_jwks needs PyJWT: pip install "optserve-server[jwt]"')
+        return self
+
+    @model_validator(mode="after")
+    def _secrets_do_not_travel_in_clear(self) -> Config:
+        if not (self.is_private or self.tls_certificate or self.allow_plaintext):
+            raise ValueError(
+                f"others than this host can reach {self.host}, and there is no TLS: give"
+                " tls_certificate and tls_key, or allow_plaintext = true where the network, or a"
+                " proxy in front, is to be trusted"
+            )
+        url = urlsplit(self.jwt_jwks or "")
+        if url.scheme and "://" in str(self.jwt_jwks):
+            private = url.scheme == "http" and _is_loopback(url.hostname or "")
+            if url.scheme != "https" and not private:
+                raise ValueError("jwt_jwks must be an https URL, or a file")
+        return self
+
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody but this host can reach the server."""
+        return self.host.startswith("unix:") or _is_loopback(self.host)
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -178,6 +237,13 @@ class Config(BaseSettings):
             "session_bytes_max": int(self.session_bytes_max) or memory,
         }
         return Limits(**values)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class SettingsFileError(Exception):

@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("grpc", "grpc_health", "grpc_reflection", "grpc_status", *_PROTOBUF, *_RICH_ERRORS),
         "torch",
     ),
+    "optserve_server.rpc.issued": ("optserve_server.core", "optserve_server.rpc", "jwt"),
     "optserve_server.telemetry": (
         *("optserve_server.core.events", "optserve_server.telemetry"),
         "prometheus_client",

@@ -342,7 +342,7 @@ def test_a_client_at_another_address_is_not_offered_it() -> None:
             pytest.skip("this machine has no network but loopback")
         address = probe.getsockname()[0]
     values = {"w": np.ones(9, np.float32)}
-    with running_server("--host", "0.0.0.0") as server:
+    with running_server("--host", "0.0.0.0", "--allow-plaintext", "true") as server:
         port = server.address.rpartition(":")[2]
         with optserve_client.connect(f"{address}:{port}", config=SHM) as client:
             session = client.create_session(values, optimizer=optim.SGD(lr=1.0))

@@ -21,9 +21,9 @@ from optserve.codec import codec_of, unwrapped
 from optserve_server.core.errors import MalformedMessageError, OptserveError
 from optserve_server.core.events import Observer, RpcKind, RpcMethod
 from optserve_server.core.limits import Limits
-from optserve_server.core.tenant import DEFAULT_TENANT
 from optserve_server.core.traffic import Traffic
 from optserve_server.rpc import status, transfer
+from optserve_server.rpc.access import Access
 from optserve_server.rpc.constraints import check_known
 
 _LOGGER = logging.getLogger(__name__)
@@ -41,19 +41,25 @@ def methods_of(service: ServiceDescriptor) -> Iterator[RpcMethod]:
 
 
 class Boundary(grpc.aio.ServerInterceptor):
-    """Wraps every method of one service; others pass untouched.
+    """Wraps every method of one service; others pass untouched (see gate.py).
 
     Every request is taken as a stream, even if it is one message: so a call is let in before its
     message is read, and the message has to come in time.
     """
 
     def __init__(
-        self, service: ServiceDescriptor, observer: Observer, traffic: Traffic, limits: Limits
+        self,
+        service: ServiceDescriptor,
+        access: Access,
+        observer: Observer,
+        traffic: Traffic,
+        limits: Limits,
     ) -> None:
         """Watch a service.
 
         Args:
             service: Whose methods to wrap.
+            access: Asks who calls.
             observer: Told of each call.
             traffic: Lets calls in.
             limits: For how long a message may take to come.
@@ -61,6 +67,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         self._methods = {f"/{each.service}/{each.method}": each for each in methods_of(service)}
         self._codecs = {each.name: codec_of(each.input_type) for each in service.methods}
         self._answer_codecs = {each.name: codec_of(each.output_type) for each in service.methods}
+        self._access = access
         self._observer = observer
         self._traffic = traffic
         self._limits = limits
@@ -129,7 +136,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         self._observer.rpc_started(method)
         started, code = time.perf_counter(), "OK"
         try:
-            self._traffic.begin(DEFAULT_TENANT)
+            self._traffic.begin(await self._access.admit(context))
             with self._admitted(method):
                 yield
         except OptserveError as error:

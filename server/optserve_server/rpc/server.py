@@ -14,7 +14,10 @@ from optserve.v1 import optimizer_service_pb2
 from optserve.v1.optimizer_service_pb2_grpc import add_OptimizerServiceServicer_to_server
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.traffic import Traffic
+from optserve_server.rpc.access import Access
+from optserve_server.rpc.gate import Gate
 from optserve_server.rpc.interceptor import Boundary
+from optserve_server.rpc.listening import listen
 from optserve_server.rpc.servicer import OptimizerServicer
 
 SERVICE = optimizer_service_pb2.DESCRIPTOR.services_by_name["OptimizerService"]
@@ -30,10 +33,6 @@ _CALLS_BESIDE = 1_000
 _NO_COMPRESSION = 1 << 0
 _KEEPALIVE_MS = 60_000
 _REFLECTION = "grpc.reflection.{}.ServerReflection"
-
-
-class AddressInUseError(Exception):
-    """The address cannot be bound; the message says which."""
 
 
 class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc, name-defined] # untyped
@@ -79,9 +78,15 @@ class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc, name-defi
 class Server:
     """The gRPC server of one registry."""
 
-    def __init__(self, registry: SessionRegistry) -> None:
-        """Build the server. Made on the event loop."""
-        limits = registry.limits
+    def __init__(self, registry: SessionRegistry, access: Access | None = None) -> None:
+        """Build the server. Made on the event loop.
+
+        Args:
+            registry: What is served.
+            access: Asks who calls. None: nobody does.
+        """
+        access = access or Access()
+        limits, observer = registry.limits, registry.surroundings.observer
         handshake_timeout_s = min(limits.stall_timeout_s, _HANDSHAKE_TIMEOUT_S)
         calls_max = limits.streams_max + limits.calls_max + _CALLS_BESIDE
         self._health = HealthServicer()
@@ -89,10 +94,12 @@ class Server:
             interceptors=[
                 Boundary(
                     SERVICE,
-                    registry.surroundings.observer,
+                    access,
+                    observer,
                     Traffic(limits, registry.surroundings.monotonic),
                     limits,
-                )
+                ),
+                Gate(SERVICE.full_name, access, observer),
             ],
             options=[
                 ("grpc.max_receive_message_length", limits.message_bytes_max),
@@ -116,23 +123,18 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._add_reflection()
 
-    async def start(self, host: str, port: int) -> str:
-        """Serve, and return the address, with a free port if ``port`` is 0.
+    async def start(
+        self, host: str, port: int, credentials: grpc.ServerCredentials | None = None
+    ) -> str:
+        """Serve, and return the address; see listen().
 
         Raises:
             AddressInUseError: The address cannot be bound.
         """
-        host = f"[{host}]" if ":" in host else host
-        address = f"{host}:{port}"
-        try:
-            port = self._server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise AddressInUseError(
-                f"cannot listen on {address}: another server may be there"
-            ) from error
+        address = listen(self._server, host, port, credentials)
         await self._server.start()
         await self._health.set(SERVICE.full_name, health_pb2.HealthCheckResponse.SERVING)
-        return f"{host}:{port}"
+        return address
 
     async def announce_end(self) -> None:
         """Answer health checks with NOT_SERVING from now on."""

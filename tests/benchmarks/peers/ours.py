@@ -41,7 +41,7 @@ def connect(job: Job) -> Iterator[OurPeer]:
 def our_server(job: Job, *flags: str) -> Iterator[ServerProcess]:
     """Start the server as the job has it."""
     with running_server(
-        *("--host", job.host, "--torch-threads", str(job.threads)),
+        *("--host", job.host, "--allow-plaintext", "true", "--torch-threads", str(job.threads)),
         *("--device", job.options.get("device", "cpu")),
         *knobs.server_flags(job.options.get("overlap", "auto")),
         *flags,

@@ -1,0 +1,112 @@
+"""Tokens: whose they are, from a file that holds their hashes, and how to make one.
+
+    python -m optserve_server.rpc.tokens alice >> tokens.toml
+
+makes a token for the tenant alice, shows it once, on standard error, and appends what the server
+must know of it. A token is 256 random bits, so that its hash can be published: nobody finds it by
+trying, and it needs no salt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import sys
+import tomllib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from optserve_server.core.tenant import TENANT_BYTES_MAX, is_tenant
+from optserve_server.rpc.watched import UnusableFileError, Watched
+
+__all__ = ["Tokens"]
+
+TOKEN_BYTES = 32
+_PREFIX = "optserve_"  # So that scanners for leaked secrets find them.
+_EXPECTED = "[[token]] tables, each with `tenant` and `sha256`"
+
+
+class Tokens:
+    """Knows whose a token is, from a file that may change."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file.
+
+        Raises:
+            UnusableFileError: It cannot be read, or does not hold tokens.
+        """
+        self._tenants = Watched([path], lambda contents: _parsed(path, contents[0]))
+
+    def tenant(self, token: str) -> str | None:
+        """Return whose a token is; None if it is nobody's."""
+        # What is looked for is a hash. How long that takes says nothing that helps to guess a
+        # token: who tries one cannot tell which hash it will have.
+        return self._tenants.current().get(_hash(token))
+
+
+def made(tenant: str) -> tuple[str, str]:
+    """Make a token; return it, and what the file must hold of it.
+
+    Raises:
+        ValueError: The tenant's name is none.
+    """
+    if not is_tenant(tenant):
+        raise ValueError(f"a tenant's name has 1 to {TENANT_BYTES_MAX} printable bytes")
+    token = _PREFIX + secrets.token_urlsafe(TOKEN_BYTES)
+    # A string of JSON, without what is beyond ASCII, is one of TOML.
+    entry = f'[[token]]\ntenant = {json.dumps(tenant)}\nsha256 = "{_hash(token).hex()}"\n'
+    return token, entry
+
+
+def _hash(token: str) -> bytes:
+    return hashlib.sha256(token.encode(errors="replace")).digest()
+
+
+def _parsed(path: Path, content: bytes) -> Mapping[bytes, str]:
+    """Return whose the tokens are, by their hashes."""
+    try:
+        tables = tomllib.loads(content.decode())
+        _check_only(tables, {"token"})
+        return {_sha256(entry): _tenant(entry) for entry in tables.get("token", [])}
+    except (ValueError, TypeError, LookupError) as error:
+        raise UnusableFileError(f"{path} does not hold {_EXPECTED}: {error}") from error
+
+
+def _check_only(table: Mapping[str, object], known: Collection[str]) -> None:
+    """Make sure that nothing is in a table that would have no effect."""
+    for name in table:
+        if name not in known:
+            raise ValueError(f"{name!r} means nothing here")
+
+
+def _tenant(entry: Mapping[str, object]) -> str:
+    _check_only(entry, {"tenant", "sha256"})
+    tenant = entry["tenant"]
+    if not isinstance(tenant, str) or not is_tenant(tenant):
+        raise ValueError(f"a tenant's name has 1 to {TENANT_BYTES_MAX} printable bytes")
+    return tenant
+
+
+def _sha256(entry: Mapping[str, object]) -> bytes:
+    digest = bytes.fromhex(str(entry["sha256"]))
+    if len(digest) != hashlib.sha256().digest_size:
+        raise ValueError("a `sha256` has other than 64 hexadecimal digits")
+    return digest
+
+
+def main(arguments: list[str]) -> int | str:
+    """Make a token for the only argument; return the exit code."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        return "usage: python -m optserve_server.rpc.tokens TENANT >> FILE"
+    try:
+        token, entry = made(arguments[0])
+    except ValueError as error:
+        return str(error)
+    sys.stderr.write(f"the token, which is shown once: {token}\n")
+    sys.stdout.write(entry)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
