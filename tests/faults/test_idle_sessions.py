@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
+import torch
 from drivers_grpc import StubDriver
 from event_loop import TIMEOUT_S
-from refusals import refused
+from messages import chunks_of, headers_of
+from refusals import refused, translated
 from scenarios.models import create, spec
 from server_process import running_server
 
 from optserve.v1.optimizer_pb2 import SGD
-from optserve.v1.optimizer_service_pb2 import GetServerInfoRequest
+from optserve.v1.optimizer_service_pb2 import (
+    GetServerInfoRequest,
+    UploadBegin,
+    UploadParametersRequest,
+)
 
 IDLE_TIMEOUT_S = 3.0
 
@@ -38,3 +45,25 @@ def test_only_a_session_that_nobody_uses_is_deleted() -> None:
             assert _ids(driver) == {asked_for, streamed}
         with refused("SESSION_NOT_FOUND"):
             driver.get(idle)
+
+
+def test_a_session_is_in_use_for_as_long_as_an_upload_takes() -> None:
+    values = {"w": torch.ones(30_000)}
+    with (
+        running_server("--idle-timeout-s", "1") as server,
+        StubDriver(server.address) as driver,
+    ):
+        session_id = driver.create(spec(SGD(), parameters=values)).status.session_id
+        begin = UploadBegin(session_id=session_id, parameters=headers_of(values))
+
+        def requests() -> Iterator[UploadParametersRequest]:
+            yield UploadParametersRequest(begin=begin)
+            for chunks in chunks_of(values.values(), 30_000):
+                time.sleep(0.8)
+                yield UploadParametersRequest(chunks=chunks)
+
+        started = time.monotonic()
+        with translated():
+            driver.stub.UploadParameters(requests(), timeout=TIMEOUT_S)
+        assert time.monotonic() - started > 3
+        assert torch.equal(driver.download(session_id)["w"], values["w"])

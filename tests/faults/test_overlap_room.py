@@ -20,6 +20,7 @@ from streams import bytes_by_position
 
 from optserve.v1.optimizer_pb2 import SGD
 from optserve.v1.session_pb2 import SessionSpec
+from optserve_server.core.admission import Budget
 from optserve_server.core.limits import Limits
 from optserve_server.core.preview import PIECE_ELEMENTS, Piece, Preview
 from optserve_server.core.surroundings import Overlap
@@ -28,31 +29,39 @@ from optserve_server.rpc.ahead import MEMORY_BYTES
 MIB = 1 << 20
 
 
-def _reserved_by_a_stream(world: World, spec_: SessionSpec, values: dict[str, torch.Tensor]) -> int:
-    """Return how much memory an open stream reserves."""
-    with world.session(spec_, values) as session_id:
-        before = world.registry.budget.reserved_bytes
+def _reserved_by_a_step(world: World, spec_: SessionSpec, values: dict[str, torch.Tensor]) -> int:
+    """Return how much memory a stream reserves for a step; none while it rests."""
+    budget, counts = world.registry.budget, [0]
+    reserve = Budget.reserve
+
+    def watched(self: Budget, count: int, *, what: str, field: str) -> None:
+        reserve(self, count, what=what, field=field)
+        counts.append(count)
+
+    with world.session(spec_, values) as session_id, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Budget, "reserve", watched)
+        before = budget.reserved_bytes
         with world.stream(session_id) as stream:
-            stream.begin(7)  # Refused, by a stream that has reserved what it needs.
-            assert stream.answer().refusal is not None
-            return world.registry.budget.reserved_bytes - before
+            for step in (1, 2):
+                assert budget.reserved_bytes == before
+                stream.step(step, list(values.values()))
+                world.until(lambda: budget.reserved_bytes == before)
+    return max(counts)
 
 
 def _large(count: int) -> dict[str, torch.Tensor]:
     return {"large": torch.zeros(count)}
 
 
-def test_a_stream_takes_room_only_where_steps_are_worth_it() -> None:
+def test_a_step_takes_room_only_where_it_is_worth_it_and_a_stream_that_rests_takes_none() -> None:
     two_mib = 2 * MIB // 4
     with overlapping() as on:
         sgd = SGD(lr=1)
         for values, reserved in ((_large(two_mib), 0), (_large(two_mib + 1), MEMORY_BYTES)):
-            assert _reserved_by_a_stream(on, spec(sgd, parameters=values), values) == reserved
-        several = spec(sgd, parameters=model(), workers=2)
-        assert _reserved_by_a_stream(on, several, model()) == 0
+            assert _reserved_by_a_step(on, spec(sgd, parameters=values), values) == reserved
     for overlap in (Overlap.OFF, Overlap.AUTO):  # Auto: the client is on this host.
         with overlapping(overlap=overlap) as off:
-            assert _reserved_by_a_stream(off, adam_spec(), model()) == 0
+            assert _reserved_by_a_step(off, adam_spec(), model()) == 0
 
 
 def test_without_room_steps_are_answered_after_their_last_gradient() -> None:
@@ -62,18 +71,19 @@ def test_without_room_steps_are_answered_after_their_last_gradient() -> None:
         limits = Limits(memory_bytes_max=session_bytes + room)
         local = Local()
         with overlapping(limits) as world, world.session() as session_id:
-            for _ in range(2):  # What a stream has reserved, the next one may have.
+            for _ in range(2):  # What a step has reserved, the next one may have.
                 with world.reopened(session_id) as stream:
                     step = stream.status.steps + 1
                     rest = begin_half(stream, step)
                     if ahead:
                         stream.receive_ahead()
+                    during = world.registry.budget.reserved_bytes - session_bytes
+                    assert during == (MEMORY_BYTES if ahead else 0)
                     stream.chunks(rest)
                     stream.end()
                     answer = stream.answer()
                     assert (answer.begins, answer.parameters) == (1, local.step(step))
-                    reserved = world.registry.budget.reserved_bytes - session_bytes
-                    assert reserved == (MEMORY_BYTES if ahead else 0)
+                    world.until(lambda: world.registry.budget.reserved_bytes == session_bytes)
 
 
 def test_two_hundred_disturbed_steps_leave_no_task_and_no_memory_reserved() -> None:

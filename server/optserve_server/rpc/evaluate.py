@@ -83,7 +83,10 @@ async def evaluate_stream(
     ):
         received = [registry.surroundings.device.staging(spec) for spec in specs]
         receiver = transfer.Receiver(transfer.buffers(received), _field_of, limits)
-        await transfer.receive(requests, receiver, limits)
+        size = sum(spec.byte_count for spec in specs)
+        with actor.in_use():
+            async with transfer.on_the_whole(size, limits):
+                await transfer.receive(requests, receiver, limits)
         outcome = await _evaluate(actor, begin, received[0], received[1], registry)
         tensors = _tensors(outcome)
         evaluated = pb.LossEvaluated(
@@ -92,11 +95,12 @@ async def evaluate_stream(
                 encode.tensor_header(spec_of(name, tensor)) for name, tensor in tensors.items()
             ],
         )
-        await transfer.in_time(
-            context.write(pb.EvaluateLossStreamResponse(evaluated=evaluated)), limits
-        )
-        sources = transfer.buffers(tensors.values())
-        count = await transfer.send(sources, context.write, limits)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        async with transfer.on_the_whole(size, limits):
+            response = pb.EvaluateLossStreamResponse(evaluated=evaluated)
+            await transfer.in_time(context.write(response), limits)
+            sources = transfer.buffers(tensors.values())
+            count = await transfer.send(sources, context.write, limits)
         registry.surroundings.observer.bytes_moved(Direction.SENT, count)
 
 

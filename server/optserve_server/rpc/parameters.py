@@ -44,7 +44,9 @@ async def upload(
         values = [registry.surroundings.device.staging(spec) for spec in specs]
         targets = transfer.buffers(values)
         receiver = transfer.Receiver(targets, "begin.parameters[{}]".format, limits)
-        await transfer.receive(requests, receiver, limits)
+        with actor.in_use():
+            async with transfer.on_the_whole(count, limits):
+                await transfer.receive(requests, receiver, limits)
         observer.bytes_moved(Direction.RECEIVED, count)
         await actor.set_parameters(dict(zip(positions, values, strict=True)))
     return actor
@@ -74,7 +76,8 @@ async def download(
         actor.check_open()
         await context.write(chunks)
 
-    async with actor.reading() as parameters:
+    size = sum(specs[i].byte_count for i in positions)
+    async with actor.reading() as parameters, transfer.on_the_whole(size, limits):
         begin = pb.DownloadBegin(
             steps=actor.view.steps,
             parameters=[encode.tensor_header(specs[i]) for i in positions],

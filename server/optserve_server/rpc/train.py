@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import grpc
@@ -66,31 +66,15 @@ async def train(requests: _Requests, context: _Context, registry: TenantRegistry
         )
         await context.write(pb.TrainResponse(opened=opened))
         stream = _WorkerStream(requests, context, actor, opening.worker, registry)
-        with _room_ahead(registry, actor, context.peer()) as overlaps:
-            await stream.run(seat, overlaps=overlaps)
+        await stream.run(seat, overlaps=_overlaps(registry, actor, context.peer()))
 
 
-@contextmanager
-def _room_ahead(registry: TenantRegistry, actor: SessionActor, peer: str) -> Iterator[bool]:
-    """Reserve what it takes to answer steps ahead of their results.
-
-    Yields whether that is to be done, and there is room for it.
-    """
+def _overlaps(registry: TenantRegistry, actor: SessionActor, peer: str) -> bool:
+    """Return whether to answer a peer's steps ahead of their results."""
     overlap, spec = registry.surroundings.overlap, actor.spec
     wanted = overlap is Overlap.ON or (overlap is Overlap.AUTO and not shared_memory.is_local(peer))
     size = sum(parameter.byte_count for parameter in spec.parameters)
-    if not wanted or spec.workers > 1 or size <= _AHEAD_FROM_BYTES:
-        yield False
-        return
-    with ExitStack() as reserved:
-        try:
-            reserved.enter_context(
-                registry.budget.reserved(MEMORY_BYTES, what="overlap", field="open")
-            )
-        except MemoryExhaustedError:
-            yield False
-        else:
-            yield True
+    return wanted and spec.workers == 1 and size > _AHEAD_FROM_BYTES
 
 
 class _WorkerStream:
@@ -112,12 +96,14 @@ class _WorkerStream:
         self._limits = registry.limits
         self._observer = registry.surroundings.observer
         self._headers = [encode.tensor_header(spec) for spec in actor.session.spec.parameters]
+        self._byte_count = sum(spec.byte_count for spec in actor.spec.parameters)
         self._packed = PackedForm(actor.spec, registry.limits)
         self._targets = encoded.GradientTargets(actor.spec.wire.gradients)
         self._sources = encoded.ParameterSources(actor.spec.wire.parameters)
         self._step: _OpenStep | None = None
         self._ahead: Ahead | None = None
         self._void: Ahead | None = None  # Given up, and perhaps still on its way.
+        self._room = ExitStack()  # For one of them at a time; none while the stream rests.
         self._overlaps = False
         self._number = 0
         self._refused = False
@@ -145,6 +131,7 @@ class _WorkerStream:
             for ahead in (self._ahead, self._void):
                 if ahead:
                     await ahead.cancel()
+            self._room.close()
 
     async def _next(self, seat: Seat) -> _Event | None:
         """Return the next event; None at the half-close.
@@ -202,13 +189,23 @@ class _WorkerStream:
             receiver = transfer.Receiver(targets, "gradients[{}]".format, self._limits)
         self._step = _OpenStep(contribution, receiver, announces=not begin.every_parameter)
         if self._void and self._void.is_over:
-            self._void = None
+            self._forget_void()
         # Whoever does not read what is void must be able to send all the same.
-        if self._overlaps and receiver and begin.every_parameter and not self._void:
+        ahead = self._overlaps and receiver and begin.every_parameter and not self._void
+        if ahead and self._find_room():
             await self._begin_answer(begin.step, self._actor.session.parameters, announces=False)
             write = self._context.write
             gradients = contribution.targets
             self._ahead = Ahead(self._actor, gradients, self._sources, write, self._limits)
+
+    def _find_room(self) -> bool:
+        """Reserve what it takes to answer a step ahead of its result, if there is as much."""
+        reserved = self._registry.budget.reserved(MEMORY_BYTES, what="overlap", field="step")
+        try:
+            self._room.enter_context(reserved)
+        except MemoryExhaustedError:
+            return False
+        return True
 
     def _tell_ahead(self, ahead: Ahead, step: _OpenStep, chunks: list[Chunk]) -> None:
         """Say which gradients have grown."""
@@ -226,7 +223,8 @@ class _WorkerStream:
             await self._ahead.finish()
         outcome, replayed = await self._actor.commit(contribution)
         started_s = time.perf_counter()
-        async with self._actor.reading() as parameters:
+        on_the_whole = transfer.on_the_whole(self._byte_count, self._limits)
+        async with self._actor.reading() as parameters, on_the_whole:
             if self._ahead and self._ahead.holds:
                 await self._ahead.rest(parameters)
                 count = self._ahead.byte_count
@@ -238,7 +236,9 @@ class _WorkerStream:
             result = encode.step_result(outcome, replayed=replayed)
             await self._write(pb.TrainResponse(result=result))
             self._sources.delivered()
-            self._ahead = None
+            if self._ahead:
+                self._ahead = None
+                self._room.close()
         self._observer.phase_ended(Phase.SEND, time.perf_counter() - started_s)
         self._observer.bytes_moved(Direction.SENT, count)
 
@@ -305,8 +305,12 @@ class _WorkerStream:
     async def _write(self, response: pb.TrainResponse) -> None:
         if self._void:
             await self._void.over()
-            self._void = None
+            self._forget_void()
         await transfer.in_time(self._context.write(response), self._limits)
+
+    def _forget_void(self) -> None:
+        self._void = None
+        self._room.close()
 
     async def _refuse(self, error: OptserveError) -> None:
         self._step, self._refused = None, True

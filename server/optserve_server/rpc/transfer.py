@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -182,6 +183,31 @@ async def in_time(transfer: Awaitable[_T], limits: Limits) -> _T:
             return await transfer
     except TimeoutError:
         raise stalled(limits) from None
+
+
+@asynccontextmanager
+async def on_the_whole(byte_count: int, limits: Limits) -> AsyncIterator[None]:
+    """Give a transfer the time that it may take on the whole, beside that of each message.
+
+    What it holds, others may wait for: a peer that is just fast enough with every message would
+    keep them waiting for hours.
+
+    Args:
+        byte_count: Of its tensors.
+        limits: In force.
+
+    Raises:
+        StalledError: The block took longer.
+    """
+    seconds = limits.stall_timeout_s + byte_count / limits.transfer_rate_min
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise StalledError(
+            f"the client was too slow: {byte_count} bytes may take {seconds:.3g} s",
+            expected=f"at least {limits.transfer_rate_min:g} bytes in a second",
+        ) from None
 
 
 def stalled(limits: Limits) -> StalledError:
