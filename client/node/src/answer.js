@@ -50,7 +50,7 @@ export class Answer {
   /** @param {any} response A TrainResponse. @throws {RangeError} It is not one that may come now. */
   add(response) {
     if (response.opened) {
-      this.#resolve(response.opened.status);
+      this.#resolve(response.opened);
     } else if (response.refused) {
       this.reject(errorFromRefusal(response.refused.refusal));
     } else if (response.begin) {

@@ -1,76 +1,75 @@
 /** Calls on the channel: every one with a deadline, every error one of ours, and no write faster than the wire. */
-import { setTimeout as delay } from 'node:timers/promises';
+import { randomBytes } from 'node:crypto';
 
-import {
-  ClosedError,
-  DeadlineError,
-  errorFromStatus,
-  ProtocolError,
-  SessionError,
-  UnavailableError,
-} from './errors.js';
+import { ClosedError, DeadlineError, errorFromStatus, ProtocolError } from './errors.js';
+import { isPassing } from './retry.js';
 
 /** @typedef {{[key: string]: any}} Message */
 /** @typedef {'createSession' | 'getSession' | 'listSessions' | 'updateSession' | 'deleteSession' | 'step' | 'endEpoch'
- *   | 'evaluateLoss' | 'listLossPoints' | 'getCatalogue' | 'getServerInfo'} UnaryMethod */
+ *   | 'getContribution' | 'evaluateLoss' | 'listLossPoints' | 'getCatalogue' | 'getServerInfo'} UnaryMethod */
 /** @typedef {'downloadParameters' | 'train' | 'evaluateLossStream'} AnsweringMethod Those that answer with a stream. */
+/** @typedef {import('./errors.js').OptserveError} OptserveError */
+/** @typedef {import('./retry.js').Retry} Retry */
 
-const BACKOFF_S = 0.2; // Before the second attempt; doubles with each further one.
+const CLIENT_ID_BYTES = 16; // As the contract has it.
 const GOODBYE_S = 5; // How long leaving waits for the server to end its side.
 
 /** The methods of the service, called. */
 export class Calls {
   #stub;
-  #retries;
+  #retry;
+  #options;
   /** @type {Set<Stream>} */ #open = new Set();
   #closed = false;
+  /** Says to the server that a stream is opened in the place of one whose connection broke. */
+  clientId = randomBytes(CLIENT_ID_BYTES);
 
   /**
    * @param {import('@grpc/grpc-js').Client} stub
-   * @param {{timeoutS: number, retries: number}} patience
+   * @param {{timeoutS: number, retry: Retry, options: import('@grpc/grpc-js').CallOptions}} terms `options` of every call.
    */
-  constructor(stub, { timeoutS, retries }) {
+  constructor(stub, { timeoutS, retry, options }) {
     this.#stub = /** @type {any} */ (stub);
-    this.#retries = retries;
+    this.#retry = retry;
+    this.#options = options;
     this.timeoutS = timeoutS;
   }
 
   /**
+   * Call a method that may be called again: it reads, or the contract makes a repetition harmless.
+   *
+   * @param {UnaryMethod} method
+   * @param {Message} request
+   * @returns {Promise<any>}
+   */
+  unary(method, request) {
+    return this.persevere(() => this.once(method, request));
+  }
+
+  /**
+   * Call a method, and try once.
+   *
    * @param {UnaryMethod} method
    * @param {Message} request
    * @param {number} [timeoutS]
    * @returns {Promise<any>}
    */
-  unary(method, request, timeoutS = this.timeoutS) {
+  once(method, request, timeoutS = this.timeoutS) {
     return new Promise((resolve, reject) => {
       this.#refuseClosed();
       const deadline = Date.now() + timeoutS * 1e3;
-      this.#stub[method](request, { deadline }, settle(resolve, reject));
+      this.#stub[method](request, { ...this.#options, deadline }, settle(resolve, reject));
     });
   }
 
   /**
-   * Send the events of an upload and return its answer.
+   * Send the events of an upload and return its answer. May be done again: it sets the same values.
    *
-   * @param {Iterable<Message>} events
+   * @param {() => Iterable<Message>} events
    * @returns {Promise<any>}
    */
-  async upload(events) {
-    this.#refuseClosed();
-    /** @type {(value?: any) => void} */ let resolve = () => {};
-    /** @type {(error: Error) => void} */ let reject = () => {};
-    const answer = new Promise((...settlers) => ([resolve, reject] = settlers));
-    const call = this.#stub.uploadParameters(settle(resolve, reject));
-    const stream = this.#opened(new Stream(call, () => {}));
-    // Only its callback says how such a call has ended.
-    answer.then(
-      () => stream.close(),
-      (error) => stream.fail(error),
-    );
-    stream.expectWithin(this.timeoutS);
-    await stream.writeAll(events);
-    stream.end();
-    return answer;
+  upload(events) {
+    return this.persevere(() => this.#uploadOnce(events()));
   }
 
   /**
@@ -83,33 +82,47 @@ export class Calls {
    */
   open(method, receive, request) {
     this.#refuseClosed();
-    const call = request === undefined ? this.#stub[method]() : this.#stub[method](request);
-    return this.#opened(new Stream(call, receive));
+    const given = request === undefined ? [] : [request];
+    return this.#opened(new Stream(this.#stub[method](...given, this.#options), receive));
   }
 
   /**
-   * Do what may be done again, because it carries its number, until it has been answered.
+   * Do what may be done again until it has been answered, or there is no use in it any more.
    *
    * @template T
-   * @param {() => Promise<T>} act
+   * @param {(attempt: number) => Promise<T>} act
+   * @param {(error: OptserveError, attempt: number) => boolean} [mayPass] Whether the same may work later.
    * @returns {Promise<T>}
    */
-  async persevere(act) {
-    for (let attempt = 0; ; attempt += 1) {
-      try {
-        return await act();
-      } catch (error) {
-        if (attempt >= this.#retries || !mayPass(error, attempt)) throw error;
-        await delay(BACKOFF_S * 2 ** attempt * 1e3);
-      }
-    }
+  persevere(act, mayPass = isPassing) {
+    return this.#retry.persevere(act, mayPass);
   }
 
   /** Leave every call that is open, and close the channel. @returns {Promise<void>} */
   async close() {
     this.#closed = true;
+    this.#retry.close();
     await Promise.all([...this.#open].map((stream) => stream.leave()));
     this.#stub.close();
+  }
+
+  /** @param {Iterable<Message>} events @returns {Promise<any>} */
+  async #uploadOnce(events) {
+    this.#refuseClosed();
+    /** @type {(value?: any) => void} */ let resolve = () => {};
+    /** @type {(error: Error) => void} */ let reject = () => {};
+    const answer = new Promise((...settlers) => ([resolve, reject] = settlers));
+    const call = this.#stub.uploadParameters(this.#options, settle(resolve, reject));
+    const stream = this.#opened(new Stream(call, () => {}));
+    // Only its callback says how such a call has ended.
+    answer.then(
+      () => stream.close(),
+      (error) => stream.fail(error),
+    );
+    stream.expectWithin(this.timeoutS);
+    await stream.writeAll(events);
+    stream.end();
+    return answer;
   }
 
   #refuseClosed() {
@@ -246,11 +259,4 @@ export class Stream {
 function settle(resolve, reject) {
   return (/** @type {any} */ error, /** @type {any} */ response) =>
     error ? reject(errorFromStatus(error)) : resolve(response);
-}
-
-/** @param {unknown} error @param {number} attempt @returns {boolean} */
-function mayPass(error, attempt) {
-  if (error instanceof UnavailableError) return true;
-  // The stream that has just broken may not have been noticed yet on the other side.
-  return attempt > 0 && error instanceof SessionError && error.reason === 'WORKER_BUSY';
 }

@@ -1,9 +1,11 @@
 /** The way to a server. */
-import { credentials } from '@grpc/grpc-js';
+import { randomUUID } from 'node:crypto';
 
+import { channelCredentials, refuseToTell, tokenCredentials } from './access.js';
 import { Calls } from './calls.js';
 import { decode, encode, OptimizerService } from './contract.js';
 import { MESSAGE_DATA_BYTES_MAX } from './framing.js';
+import { Retry } from './retry.js';
 import { Session } from './session.js';
 import { headerToMessage, tensorOf, tensorToMessage } from './tensor.js';
 import { SessionView, statusOf } from './view.js';
@@ -18,7 +20,8 @@ import { SessionView, statusOf } from './view.js';
 
 const TIMEOUT_S = 60; // As long as the server's own wait for a round, by default.
 const FLOW_CONTROL_WINDOW_BYTES = 4 << 20; // A few chunks: with HTTP/2's 64 KiB a download takes twice as long.
-const RETRIES = 4; // 0.2 + 0.4 + 0.8 + 1.6 s: a restart of the server fits in.
+// Between two attempts to connect, whether or not a call waits: a server that is back shall be found soon.
+const RECONNECT_MS = { first: 100, max: 2000 };
 
 /**
  * Make a client of the server at `target`. Connects with the first call.
@@ -35,32 +38,42 @@ export function connect(target, options) {
 export class Client {
   #calls;
 
-  /** @param {string} target @param {ClientOptions} [options] */
-  constructor(
-    target,
-    { credentials: secret, timeoutS = TIMEOUT_S, retries = RETRIES, channel } = {},
-  ) {
-    const stub = new OptimizerService(target, secret ?? credentials.createInsecure(), {
+  /**
+   * @param {string} target
+   * @param {ClientOptions} [options]
+   * @throws {import('./errors.js').RequestError} The options do not go together.
+   */
+  constructor(target, { timeoutS = TIMEOUT_S, retry, channel, ...access } = {}) {
+    const { credentials, tls, token, plaintextToken = false } = access;
+    const isPlaintext = credentials === undefined && tls === undefined;
+    if (token !== undefined && isPlaintext && !plaintextToken) refuseToTell(target);
+    const stub = new OptimizerService(target, credentials ?? channelCredentials(tls), {
       'grpc-node.flow_control_window': FLOW_CONTROL_WINDOW_BYTES,
+      'grpc.initial_reconnect_backoff_ms': RECONNECT_MS.first,
+      'grpc.max_reconnect_backoff_ms': RECONNECT_MS.max,
       ...channel,
     });
-    this.#calls = new Calls(stub, { timeoutS, retries });
+    const options = token === undefined ? {} : { credentials: tokenCredentials(token) };
+    this.#calls = new Calls(stub, { timeoutS, retry: new Retry(retry), options });
   }
 
   /**
    * Make a session, and bring the values of its parameters over, in one message or as chunks.
    *
    * @param {NewSession} given
+   * @param {{requestId?: string}} [options] `requestId`: who asks again with the same one gets the session that was made
+   *     first. Left out: a random one, so that the session is made once though the connection breaks.
    * @returns {Promise<Session>}
    */
-  async createSession({ parameters, ...rest }) {
+  async createSession({ parameters, ...rest }, { requestId = randomUUID() } = {}) {
     const spec = encode('SessionSpec', rest, 'spec');
     const { headers, values } = parametersOf(parameters);
     spec.parameters = headers;
     const bytes = [...values.values()].reduce((sum, { data }) => sum + data.byteLength, 0);
     const fits = bytes <= MESSAGE_DATA_BYTES_MAX;
     const sent = fits ? [...values].map(([name, tensor]) => tensorToMessage(tensor, name)) : [];
-    const answer = await this.#calls.unary('createSession', { spec, values: sent });
+    const request = { spec, values: sent, requestId };
+    const answer = await this.#calls.unary('createSession', request);
     const session = this.#sessionOf(answer.session);
     if (fits) return session;
     try {

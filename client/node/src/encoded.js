@@ -1,12 +1,6 @@
 /** The tensors of a step as the session's encodings have them: gradients out, parameters in. */
-import {
-  add,
-  CODECS,
-  decodingTarget,
-  differenceTarget,
-  EncodingSource,
-  encodingSource,
-} from './encodings.js';
+import { add, CODECS, decodingTarget, differenceTarget, EncodingSource } from './encodings.js';
+import { DigestedSource } from './digest.js';
 import { Memory } from './framing.js';
 import {
   arrived,
@@ -17,6 +11,7 @@ import {
   wireBytes,
 } from './tensor.js';
 
+/** @typedef {import('./digest.js').StepDigest} StepDigest */
 /** @typedef {import('./framing.js').Source} Source */
 /** @typedef {import('./framing.js').Target} Target */
 /** @typedef {import('./types.js').Encoding} Encoding */
@@ -45,11 +40,16 @@ export class GradientSources {
   /**
    * @param {number} step
    * @param {Map<string, Tensor>} gradients
-   * @returns {Source[]} To be read once, from the front.
+   * @param {StepDigest} digest Is given the gradients' own bytes as they are read.
+   * @returns {Source[]} To be read once, one after the other, from the front.
    */
-  of(step, gradients) {
+  of(step, gradients, digest) {
     const encoding = this.#encoding;
-    if (encoding === undefined) return [...gradients.values()].map((g) => new Memory(wireBytes(g)));
+    if (encoding === undefined) {
+      return [...gradients.values()].map(
+        (g) => new DigestedSource(new Memory(wireBytes(g)), digest),
+      );
+    }
     const compensated = encoding === 'INT8_BLOCKS' && step > this.#applied;
     if (compensated) {
       if (this.#step < step) this.answered(this.#step); // It was applied, or this one could not be taken.
@@ -58,8 +58,15 @@ export class GradientSources {
     }
     return [...gradients].map(([name, { data }]) => {
       // The server refuses what is not FP32; that is for it to say.
-      if (!(data instanceof Float32Array)) return new Memory(memoryOf(data));
-      return compensated ? this.#compensated(name, data) : encodingSource(encoding, data);
+      if (!(data instanceof Float32Array)) {
+        return new DigestedSource(new Memory(memoryOf(data)), digest);
+      }
+      const encode = compensated ? this.#compensation(name, data) : CODECS[encoding].encode;
+      return new EncodingSource(encoding, data.length, (first, last, bytes) => {
+        const piece = data.subarray(first, last);
+        digest.add(memoryOf(piece));
+        encode(piece, bytes, first);
+      });
     });
   }
 
@@ -71,19 +78,31 @@ export class GradientSources {
     this.#applied = step;
   }
 
-  /** @param {string} name @param {Float32Array} gradient */
-  #compensated(name, gradient) {
+  /** Forget what steps after `step` have left behind: the server has lost them. @param {number} step */
+  rewind(step) {
+    this.#kept = new Map();
+    this.#next = new Map();
+    this.#step = this.#applied = step;
+  }
+
+  /**
+   * @param {string} name
+   * @param {Float32Array} gradient
+   * @returns {(piece: Float32Array, data: Buffer, first: number) => void} Encodes the piece of it that begins with `first`.
+   */
+  #compensation(name, gradient) {
     const kept = this.#kept.get(name);
     const lost = new Float32Array(gradient.length);
     this.#next.set(name, lost);
-    return new EncodingSource('INT8_BLOCKS', gradient.length, (first, last, data) => {
-      const sums = gradient.slice(first, last);
+    return (piece, data, first) => {
+      const sums = piece.slice();
+      const last = first + piece.length;
       if (kept) add(sums, kept.subarray(first, last));
       INT8_BLOCKS.encode(sums, data);
-      const piece = lost.subarray(first, last);
-      INT8_BLOCKS.decode(data, piece);
-      takeFrom(sums, piece);
-    });
+      const rounded = lost.subarray(first, last);
+      INT8_BLOCKS.decode(data, rounded);
+      takeFrom(sums, rounded);
+    };
   }
 }
 

@@ -4,11 +4,13 @@
  *     OptserveError
  *     ├── RequestError          the caller's mistake: the same again is refused again
  *     ├── SessionError          the session's state: ask where it stands, and go on from there
+ *     │   └── StepsLostError        the server has gone back behind steps that it had answered
  *     └── ServiceError          the server, or the way to it
  *         ├── LimitError            a limit: do what the message says
  *         ├── UnauthenticatedError  it does not know, or not believe, who calls
  *         ├── UnavailableError      nothing answers, or it is about to stop
  *         ├── DeadlineError         no answer in time: what was asked may have been done
+ *         ├── StepUnknownError      a step was sent and not answered: ask what became of it
  *         ├── ClosedError           the client, or the worker, has been closed
  *         ├── ProtocolError         client and server do not understand each other
  *         └── InternalError         a fault of the server
@@ -48,6 +50,26 @@ export class OptserveError extends Error {
 export class RequestError extends OptserveError {}
 /** The session's state does not allow it: ask where it stands, and go on from there. */
 export class SessionError extends OptserveError {}
+/**
+ * The server has gone back behind steps that it had answered: it was restarted, and the session promised no more. Take the
+ * step `steps` + 1 next; it is what a step without a number is now.
+ */
+export class StepsLostError extends SessionError {
+  /** @param {{steps: number, answered: number, cause?: unknown}} facts */
+  constructor({ steps, answered, cause }) {
+    super(
+      `the server has ${steps} steps; it had answered step ${answered}: go on with ${steps + 1}`,
+      {
+        expected: String(steps + 1),
+        cause,
+      },
+    );
+    /** How many the server has. */
+    this.steps = steps;
+    /** How many of those that this worker was answered it has not. */
+    this.lost = answered - steps;
+  }
+}
 /** The server, or the way to it. */
 export class ServiceError extends OptserveError {}
 /** A limit: do what the message says. */
@@ -58,6 +80,31 @@ export class UnauthenticatedError extends ServiceError {}
 export class UnavailableError extends ServiceError {}
 /** No answer in time: what was asked may have been done. */
 export class DeadlineError extends ServiceError {}
+/**
+ * A step was sent, and no answer came, however often it was tried again: it may have been applied. `Session.getContribution`
+ * says what became of it; to take it again, with the same gradients, does no harm. `cause` is the last failure.
+ */
+export class StepUnknownError extends ServiceError {
+  /**
+   * @param {OptserveError} cause
+   * @param {{step: number, worker: number, digest: Uint8Array}} contribution
+   */
+  constructor(cause, { step, worker, digest }) {
+    const { reason, code, retryAfterS, requestId } = cause;
+    super(`no answer came to step ${step}, which may have been applied: ${cause.message}`, {
+      reason,
+      code,
+      retryAfterS,
+      requestId,
+      cause,
+    });
+    /** Number of the step. */
+    this.step = step;
+    this.worker = worker;
+    /** Of the step's content: `contribution.digest` is equal if it was this content that the server took. */
+    this.digest = digest;
+  }
+}
 /** The client, or the worker, has been closed. */
 export class ClosedError extends ServiceError {}
 /** Client and server do not understand each other. */
@@ -97,12 +144,15 @@ export const CLASS_OF = new Map([
     'SCHEDULE_FAILED',
     'SESSION_FAILED',
     'SESSION_DELETED',
+    'SESSION_DAMAGED',
+    'JOURNAL_FOREIGN',
+    'NO_STORAGE',
     'STALLED',
     'STEP_CONFLICT',
     'REQUEST_CONFLICT',
     'SEAT_TAKEN_OVER',
   ]),
-  ...rows(LimitError, ['TOO_MANY', 'MEMORY_EXHAUSTED', 'LIMIT_EXCEEDED', 'RATE_EXCEEDED']),
+  ...rows(LimitError, ['TOO_MANY', 'MEMORY_EXHAUSTED', 'LIMIT_EXCEEDED', 'STORAGE_FULL', 'RATE_EXCEEDED']),
   ...rows(UnauthenticatedError, ['UNAUTHENTICATED']),
   ...rows(UnavailableError, ['DRAINING']),
   ...rows(InternalError, ['INTERNAL']),

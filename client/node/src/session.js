@@ -1,7 +1,9 @@
 /** A session on the server: one model being trained. */
 import { decode, encode } from './contract.js';
 import { decodedFromMessage, encodingOf } from './encoded.js';
-import { Assembly, Memory, MESSAGE_DATA_BYTES_MAX, split, whole } from './framing.js';
+import { SessionError } from './errors.js';
+import { Assembly, Memory, MESSAGE_DATA_BYTES_MAX, split } from './framing.js';
+import { isPassing } from './retry.js';
 import {
   arrived,
   emptyTensor,
@@ -12,14 +14,17 @@ import {
   tensorToMessage,
   wireBytes,
 } from './tensor.js';
-import { stepResultOf } from './view.js';
+import { outcomeOf, statusOf, stepResultOf } from './view.js';
 import { Worker } from './worker.js';
 
 /** @typedef {import('./calls.js').Calls} Calls */
+/** @typedef {import('./types.js').ContributionReport} ContributionReport */
 /** @typedef {import('./types.js').LossInput} LossInput */
 /** @typedef {import('./types.js').LossOutcome} LossOutcome */
 /** @typedef {import('./types.js').LossPoint} LossPoint */
 /** @typedef {import('./types.js').Named<import('./types.js').TensorLike>} NamedTensors */
+/** @typedef {import('./errors.js').OptserveError} OptserveError */
+/** @typedef {import('./seat.js').Seat} Seat */
 /** @typedef {import('./types.js').SessionChange} SessionChange */
 /** @typedef {import('./types.js').SessionStatus} SessionStatus */
 /** @typedef {import('./types.js').Split} Split */
@@ -81,7 +86,7 @@ export class Session {
     const tensors = this.#view.tensorsOf(values, 'parameters');
     const parameters = [...tensors].map(([name, tensor]) => headerToMessage(tensor, name));
     const begin = { sessionId: this.id, parameters };
-    const answer = await this.#calls.upload(eventsOf({ begin }, tensors.values()));
+    const answer = await this.#calls.upload(() => eventsOf({ begin }, tensors.values()));
     return this.#view.noteStatus(answer.status);
   }
 
@@ -92,10 +97,10 @@ export class Session {
    * @returns {Promise<{steps: number, parameters: Record<string, Tensor>}>}
    */
   async download(names = []) {
-    const { first, tensors } = await this.#receive('downloadParameters', 'begin', 'parameters', {
-      sessionId: this.id,
-      names,
-    });
+    const request = { sessionId: this.id, names };
+    const { first, tensors } = await this.#calls.persevere(() =>
+      this.#receive('downloadParameters', 'begin', 'parameters', request),
+    );
     return { steps: first.steps, parameters: Object.fromEntries(tensors) };
   }
 
@@ -133,24 +138,40 @@ export class Session {
    * @returns {Promise<StepResult>}
    */
   async stepUnary(gradients, { step = this.#view.nextStep, worker = 0 } = {}) {
-    const tensors = this.#view.tensorsOf(gradients, 'gradients');
-    const sources = this.#view.gradientsOf(worker);
-    const data = sources.of(step, tensors).map(whole);
-    const sent = [...tensors].map(([name, tensor], i) => ({
-      header: headerToMessage(tensor, name),
-      data: data[i],
-    }));
-    const request = { sessionId: this.id, worker, step, gradients: sent };
-    const answer = await this.#calls.persevere(() =>
-      this.#calls.unary('step', request, this.#calls.timeoutS + this.#view.roundTimeoutS),
-    );
-    sources.answered(step);
+    const seat = this.#view.seatOf(worker);
+    const contribution = this.#view.contributionOf(seat, step, gradients);
+    const timeoutS = this.#calls.timeoutS + this.#view.roundTimeoutS;
+    const answer = await contribution
+      .take(
+        this.#calls,
+        () => this.#calls.once('step', { sessionId: this.id, ...contribution.message }, timeoutS),
+        mayPassUnary,
+      )
+      .catch((error) => this.#explain(error, seat));
+    seat.answered(step);
     const encoding = encodingOf(answer.encoding);
     const named = answer.parameters.map((/** @type {any} */ t) => [
       t.header.name,
       decodedFromMessage(t, encoding),
     ]);
     return this.#view.noteStep(stepResultOf(answer.result, named));
+  }
+
+  /**
+   * Ask what became of the last step that a worker contributed to: after a StepUnknownError, above all.
+   *
+   * @param {number} [worker]
+   * @returns {Promise<ContributionReport>}
+   */
+  async getContribution(worker = 0) {
+    const request = { sessionId: this.id, worker };
+    const { contribution, result, status } = await this.#calls.unary('getContribution', request);
+    this.#view.noteStatus(status);
+    return {
+      contribution: contribution === null ? undefined : decode('Contribution', contribution),
+      result: result === null ? undefined : outcomeOf(result),
+      status: statusOf(status),
+    };
   }
 
   /**
@@ -161,7 +182,7 @@ export class Session {
    */
   async endEpoch({ epoch = this.status.epochs + 1 } = {}) {
     const request = { sessionId: this.id, epoch };
-    const answer = await this.#calls.persevere(() => this.#calls.unary('endEpoch', request));
+    const answer = await this.#calls.unary('endEpoch', request);
     return this.#view.noteStatus(answer.status);
   }
 
@@ -181,7 +202,11 @@ export class Session {
     // The answer must fit too: it may hold a gradient and elements, each as large as the predictions.
     const largest = Math.max(Number(bytes[0]) + Number(bytes[1]), 2 * Number(bytes[0]));
     const small = via === undefined ? largest <= MESSAGE_DATA_BYTES_MAX : via === 'unary';
-    return small ? this.#evaluateInMessages(begin, sent) : this.#evaluateInStream(begin, sent);
+    const evaluate = () =>
+      small ? this.#evaluateInMessages(begin, sent) : this.#evaluateInStream(begin, sent);
+    // In the history it would stand twice: with a split it is done again only if it was refused.
+    const mayPass = others.split === undefined ? isPassing : mayPassRefused;
+    return this.#calls.persevere(evaluate, mayPass);
   }
 
   /**
@@ -209,9 +234,17 @@ export class Session {
 
   /** Forget the session on the server. @returns {Promise<SessionStatus>} Where it stood. */
   async delete() {
-    const answer = await this.#calls.unary('deleteSession', { sessionId: this.id });
+    const answer = await this.#calls.persevere(async (attempt) => {
+      try {
+        return await this.#calls.once('deleteSession', { sessionId: this.id });
+      } catch (error) {
+        const isGone = error instanceof SessionError && error.reason === 'SESSION_NOT_FOUND';
+        if (isGone && attempt > 0) return undefined; // The attempt whose answer was lost has done it.
+        throw error;
+      }
+    });
     await this.close();
-    return this.#view.noteStatus(answer.status);
+    return answer ? this.#view.noteStatus(answer.status) : this.status;
   }
 
   /** Close the streams of this session's workers; the session stays on the server. @returns {Promise<void>} */
@@ -228,7 +261,7 @@ export class Session {
   /** @param {any} request @param {Tensor[]} sent @returns {Promise<LossOutcome>} */
   async #evaluateInMessages(request, sent) {
     const [predictions, targets] = sent.map((tensor) => tensorToMessage(tensor));
-    const answer = await this.#calls.unary('evaluateLoss', { ...request, predictions, targets });
+    const answer = await this.#calls.once('evaluateLoss', { ...request, predictions, targets });
     const { result, ...tensors } = decode('EvaluateLossResponse', answer);
     return { ...result, ...tensors };
   }
@@ -285,11 +318,41 @@ export class Session {
     return { first, tensors };
   }
 
+  /**
+   * Say what a refused unary step means; a stream says where the session stands when it is opened.
+   *
+   * @param {unknown} error
+   * @param {Seat} seat
+   * @returns {Promise<never>}
+   */
+  async #explain(error, seat) {
+    const isBehind =
+      error instanceof SessionError &&
+      error.reason === 'STEP_OUT_OF_ORDER' &&
+      Number(error.expected) <= seat.lastStep;
+    if (isBehind) {
+      const { session } = await this.#calls.unary('getSession', { sessionId: this.id });
+      this.#view.noteRestored(session.status, seat);
+    }
+    throw error;
+  }
+
   /** @param {any} answer @returns {this} */
   #take({ session }) {
     this.#view.replace(session);
     return this;
   }
+}
+
+/** @param {OptserveError} error @param {number} attempt */
+function mayPassUnary(error, attempt) {
+  // The call that has just broken may not have been noticed yet on the other side.
+  return isPassing(error) || (attempt > 0 && error.reason === 'WORKER_BUSY');
+}
+
+/** @param {OptserveError} error */
+function mayPassRefused(error) {
+  return error.reason !== undefined && isPassing(error);
 }
 
 /** @param {any} begin @param {Iterable<Tensor>} tensors @returns {Generator<any, void, void>} */

@@ -3,6 +3,7 @@
 
 import type { ChannelCredentials, ChannelOptions } from '@grpc/grpc-js';
 import type { Timestamp__Output } from '../generated/google/protobuf/Timestamp.js';
+import type { Contribution__Output } from '../generated/optserve/v1/Contribution.js';
 import type { DataType__Output } from '../generated/optserve/v1/DataType.js';
 import type { Encoding__Output } from '../generated/optserve/v1/Encoding.js';
 import type { GetCatalogueResponse__Output } from '../generated/optserve/v1/GetCatalogueResponse.js';
@@ -36,11 +37,13 @@ export type Given<T> = T extends null
         ? Date
         : T extends Tensor__Output
           ? Tensor
-          : T extends (infer Element)[]
-            ? Given<Element>[]
-            : T extends object
-              ? { [Key in keyof T]: Given<T[Key]> }
-              : T;
+          : T extends Uint8Array
+            ? Uint8Array
+            : T extends (infer Element)[]
+              ? Given<Element>[]
+              : T extends object
+                ? { [Key in keyof T]: Given<T[Key]> }
+                : T;
 
 /** A message as the client takes it: everything may be left out, and then means what the contract says about unset. */
 export type Taken<T> = T extends Tensor
@@ -122,8 +125,20 @@ export type LossPoint = Given<LossPoint__Output>;
 export type Catalogue = Given<GetCatalogueResponse__Output>;
 export type ServerInfo = Given<GetServerInfoResponse__Output>;
 
+/** The last step that a worker has contributed to; `digest` is of the content that it sent. */
+export type Contribution = Given<Contribution__Output>;
+
+/** What became of a worker's last step, and where the session stands. */
+export interface ContributionReport {
+  /** Unset: the worker has not contributed to any step. */
+  contribution?: Contribution;
+  /** What that step did. Unset: it waits for the other workers, or there has been another step since. */
+  result?: StepOutcome;
+  status: SessionStatus;
+}
+
 /** What a step did. */
-export interface StepResult {
+export interface StepOutcome {
   /** Number of the step, from 1. */
   step: number;
   /** Epochs that had been ended. */
@@ -134,6 +149,10 @@ export interface StepResult {
   gradientNorm: number;
   /** The step had been applied before, and was not applied again. */
   replayed: boolean;
+}
+
+/** What a step did, and what has come of it. */
+export interface StepResult extends StepOutcome {
   /** Every parameter after the step. */
   parameters: Record<string, Tensor>;
 }
@@ -176,13 +195,41 @@ export interface LossOutcome {
   elements?: Tensor;
 }
 
+/** Time after which what failed is not tried again, and waits between attempts, which are drawn at random. */
+export interface RetryOptions {
+  /** Seconds after the first failure. 0: nothing is tried again. Default: 60. */
+  totalS?: number;
+  /** Seconds that the first wait may last at most; it doubles with each further one. Default: 0.1. */
+  firstWaitS?: number;
+  /** Seconds that a wait may last at most, beside what the server asks for. Default: 5. */
+  waitSMax?: number;
+}
+
+/** What TLS needs, as PEM. */
+export interface TlsOptions {
+  /** Certificates of the authorities that may vouch for the server. Left out: those that the system trusts. */
+  ca?: string | Uint8Array;
+  /** Certificate chain that shows who the client is, for a server that asks for one; with its `key`. */
+  certificate?: string | Uint8Array;
+  key?: string | Uint8Array;
+}
+
+/** A bearer token, or what gives one whenever a call is made. */
+export type Token = string | (() => string | Promise<string>);
+
 export interface ClientOptions {
-  /** Left out: no TLS. */
+  /** TLS; `true`: with the authorities that the system trusts. Left out: none. */
+  tls?: TlsOptions | true;
+  /** Who calls. Without TLS it is sent to a server on this host only. */
+  token?: Token;
+  /** Whether the token may be sent without TLS to another host. Default: false. */
+  plaintextToken?: boolean;
+  /** In the place of `tls`: gRPC's own. */
   credentials?: ChannelCredentials;
   /** Seconds after which a call has failed; a call that moves tensors, if nothing has moved for so long. Default: 60. */
   timeoutS?: number;
-  /** How often a step or the end of an epoch is sent again when the server was not to be reached. Default: 4. */
-  retries?: number;
+  /** How calls are repeated when nothing answers, or the server asks to come back. */
+  retry?: RetryOptions;
   /** Further options of the gRPC channel. */
   channel?: ChannelOptions;
 }

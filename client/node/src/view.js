@@ -1,9 +1,10 @@
 /** What a client knows of its session: what is in force, and where the session stood when it last answered. */
 import { decode } from './contract.js';
-import { GradientSources } from './encoded.js';
-import { RequestError } from './errors.js';
+import { RequestError, StepsLostError } from './errors.js';
+import { Seat } from './seat.js';
 import { emptyTensor, headerFromMessage, tensorOf } from './tensor.js';
 
+/** @typedef {import('./contribution.js').Contribution} Contribution */
 /** @typedef {import('./types.js').Elements} Elements */
 /** @typedef {import('./types.js').SessionSpec} SessionSpec */
 /** @typedef {import('./types.js').SessionStatus} SessionStatus */
@@ -14,7 +15,7 @@ import { emptyTensor, headerFromMessage, tensorOf } from './tensor.js';
 /** Shared by a session and its workers. */
 export class SessionView {
   /** @type {Map<string, TensorHeader>} */ #headers = new Map();
-  /** @type {Map<number, GradientSources>} By worker. */ #gradients = new Map();
+  /** @type {Map<number, Seat>} By worker. */ #seats = new Map();
 
   /** @param {any} message A Session. */
   constructor(message) {
@@ -47,11 +48,11 @@ export class SessionView {
     return workers > 1 ? (limits?.roundTimeoutS ?? 0) : 0;
   }
 
-  /** Where a worker's gradients come from. @param {number} worker @returns {GradientSources} */
-  gradientsOf(worker) {
-    const gradients = this.#gradients.get(worker) ?? new GradientSources(this.spec.wire?.gradients);
-    this.#gradients.set(worker, gradients);
-    return gradients;
+  /** @param {number} worker @returns {Seat} */
+  seatOf(worker) {
+    const seat = this.#seats.get(worker) ?? new Seat(worker, this.spec.wire?.gradients);
+    this.#seats.set(worker, seat);
+    return seat;
   }
 
   /** Take a session as it answered. @param {any} message A Session. */
@@ -72,10 +73,43 @@ export class SessionView {
     return this.#noteCounts(steps, epochs);
   }
 
+  /**
+   * Take notice of where the server says that the session stands, when it has lost its memory perhaps.
+   *
+   * @param {any} message A SessionStatus.
+   * @param {Seat} seat Of a worker that was answered before the server said so.
+   * @returns {SessionStatus}
+   * @throws {StepsLostError} The worker was answered more steps than the server has. Is said once.
+   */
+  noteRestored(message, seat) {
+    const { lastStep } = seat;
+    const { steps } = message;
+    if (steps >= lastStep) return this.noteStatus(message);
+    this.status = statusOf(message);
+    seat.rewind(steps);
+    throw new StepsLostError({ steps, answered: lastStep });
+  }
+
   /** Take notice of a step. @param {StepResult} result @returns {StepResult} */
   noteStep(result) {
     this.#noteCounts(result.step, result.epochs);
     return result;
+  }
+
+  /**
+   * Make a worker's contribution to a step of what its caller has given.
+   *
+   * @param {Seat} seat
+   * @param {number} step
+   * @param {import('./types.js').Named<import('./types.js').TensorLike>} gradients By name.
+   * @returns {Contribution}
+   */
+  contributionOf(seat, step, gradients) {
+    const given = this.tensorsOf(gradients, 'gradients');
+    // In the order of the parameters, the same content is the same bytes.
+    const known = [...this.#headers.keys()].filter((name) => given.has(name));
+    const ordered = new Map([...known, ...given.keys()].map((name) => [name, given.get(name)]));
+    return seat.contribution(step, /** @type {any} */ (ordered), this.#isComplete(given));
   }
 
   /**
@@ -93,25 +127,6 @@ export class SessionView {
         tensorOf(value, { header: this.#headers.get(name), path: `${path}.${name}` }),
       ]),
     );
-  }
-
-  /**
-   * Return gradients in the order of their parameters, if there is one for each, of its data type and shape.
-   *
-   * @param {Map<string, Tensor>} gradients By name.
-   * @returns {Map<string, Tensor> | undefined}
-   */
-  completeGradients(gradients) {
-    if (gradients.size !== this.#headers.size) return undefined;
-    const ordered = new Map();
-    for (const [name, { dataType, shape }] of this.#headers) {
-      const gradient = gradients.get(name);
-      if (gradient?.dataType !== dataType) return undefined;
-      if (gradient.shape.length !== shape.length) return undefined;
-      if (gradient.shape.some((size, i) => size !== shape[i])) return undefined;
-      ordered.set(name, gradient);
-    }
-    return ordered;
   }
 
   /**
@@ -135,6 +150,19 @@ export class SessionView {
       emptyTensor(header, elements);
     }
     return targets;
+  }
+
+  /** Whether there is one for every parameter, of its data type and shape. @param {Map<string, Tensor>} gradients */
+  #isComplete(gradients) {
+    if (gradients.size !== this.#headers.size) return false;
+    return [...this.#headers].every(([name, { dataType, shape }]) => {
+      const gradient = gradients.get(name);
+      return (
+        gradient?.dataType === dataType &&
+        gradient.shape.length === shape.length &&
+        gradient.shape.every((size, i) => size === shape[i])
+      );
+    });
   }
 
   /** @param {number} steps @param {number} epochs @returns {SessionStatus} */
@@ -161,15 +189,13 @@ export function statusOf(message) {
  * @param {[string, Tensor][]} parameters
  * @returns {StepResult}
  */
-export function stepResultOf({ step, epochs, rates, gradientNorm, replayed }, parameters) {
-  return {
-    step,
-    epochs,
-    rates: ratesOf(rates),
-    gradientNorm,
-    replayed,
-    parameters: Object.fromEntries(parameters),
-  };
+export function stepResultOf(message, parameters) {
+  return { ...outcomeOf(message), parameters: Object.fromEntries(parameters) };
+}
+
+/** @param {any} message A StepResult. @returns {import('./types.js').StepOutcome} */
+export function outcomeOf({ step, epochs, rates, gradientNorm, replayed }) {
+  return { step, epochs, rates: ratesOf(rates), gradientNorm, replayed };
 }
 
 /** @param {{group: string, lr: number}[]} rates @returns {Record<string, number>} */

@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 
+import { StepDigest } from '../src/digest.js';
 import {
   decodedFromMessage,
   encodingOf,
@@ -21,7 +22,7 @@ const tensor = (...values) => ({
 
 /** @param {GradientSources} sources @param {number} step @param {Tensor} gradient */
 function sent(sources, step, gradient) {
-  const [source] = sources.of(step, new Map([['w', gradient]]));
+  const [source] = sources.of(step, new Map([['w', gradient]]), new StepDigest([]));
   return whole(/** @type {import('../src/framing.js').Source} */ (source));
 }
 
@@ -62,6 +63,17 @@ test('a step that was applied though its answer was lost counts once the next on
   assert.equal(decoded(sent(sources, 2, tensor(127, 0.3)), 2)[1], 1);
 });
 
+test('a step that the server has lost is taken again with what it rounds away', () => {
+  const sources = new GradientSources('INT8_BLOCKS');
+  for (const step of [1, 2, 3]) {
+    sent(sources, step, tensor(127, 0.4));
+    sources.answered(step);
+  }
+  sources.rewind(1);
+  assert.equal(decoded(sent(sources, 2, tensor(127, 0.4)), 2)[1], 0);
+  assert.equal(decoded(sent(sources, 3, tensor(127, 0.4)), 2)[1], 1);
+});
+
 test('a gradient that is not finite is sent as NaN, and leaves nothing behind', () => {
   const sources = new GradientSources('INT8_BLOCKS');
   assert.deepEqual(decoded(sent(sources, 1, tensor(NaN, 1)), 2), Float32Array.of(NaN, NaN));
@@ -84,8 +96,7 @@ test('differences build on the answer before, and on nothing else', () => {
   targets.answered(undefined, answer);
   const mine = answer[0]?.[1].data;
   mine?.fill(/** @type {never} */ (0)); // An answer is the user's: what it builds on is not.
-  const [difference] = new GradientSources('INT8_BLOCKS').of(1, new Map([['w', tensor(127, -1)]]));
-  const data = whole(/** @type {import('../src/framing.js').Source} */ (difference));
+  const data = sent(new GradientSources('INT8_BLOCKS'), 1, tensor(127, -1));
   targets.of('INT8_BLOCKS', answer)[0]?.write(0, data);
   assert.deepEqual(mine, Float32Array.of(132, 5));
 });

@@ -1,5 +1,6 @@
 /** The forms of a step and of its answer, told to a server that writes down what it is sent. */
 import assert from 'node:assert/strict';
+import { createHash } from 'node:crypto';
 import { after, before, test } from 'node:test';
 
 import { Server, ServerCredentials } from '@grpc/grpc-js';
@@ -59,6 +60,11 @@ function bytes(...values) {
   return Buffer.from(Float32Array.from(values).buffer);
 }
 
+/** @param {...Buffer} gradients */
+function digestOf(...gradients) {
+  return createHash('sha256').update(Buffer.concat(gradients)).digest().subarray(0, 16);
+}
+
 /** @param {number} tensor @param {Buffer} data @param {number} offset */
 function chunk(tensor, data, offset = 0) {
   return { chunks: { chunks: [{ tensor, offset, data }] } };
@@ -95,10 +101,11 @@ const PACKED = { packed: { result: RESULT, parameters: [bytes(1, 2), bytes(3, 4,
 
 test('a small step with all gradients is one message each way, in the order of the parameters', async () => {
   const gradients = { b: Float32Array.of(8, 9, 10), w: Float32Array.of(6, 7) };
+  const sent = [bytes(6, 7), bytes(8, 9, 10)];
   const result = await taken('small', gradients, [PACKED]);
   assert.deepEqual(
     seen.map(({ packed }) => packed),
-    [{ step: 1, gradients: [bytes(6, 7), bytes(8, 9, 10)] }],
+    [{ step: 1, gradients: sent, digest: digestOf(...sent) }],
   );
   assert.deepEqual(dataOf(result.parameters), BOTH);
   assert.deepEqual(Object.keys(result.parameters), ['w', 'b']);
@@ -128,7 +135,10 @@ test('a large step with all gradients announces nothing, and is answered so', as
   const [{ begin }, ...rest] = seen;
   assert.deepEqual([begin.step, begin.everyParameter, begin.gradients], [1, true, []]);
   assert.deepEqual(rest.slice(0, -1), [1 << 20, 4 * LARGE - (1 << 20)]);
-  assert.ok(rest.at(-1).end);
+  assert.deepEqual(
+    rest.at(-1).end.digest,
+    digestOf(...[w, b].map((each) => Buffer.from(each?.buffer ?? []))),
+  );
   assert.deepEqual(dataOf(parameters), [w?.map(() => 2), BOTH[1]]);
   assert.deepEqual(Object.keys(parameters), ['w', 'b']);
 });

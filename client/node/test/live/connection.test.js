@@ -7,6 +7,7 @@ import {
   connect,
   DeadlineError,
   SessionError,
+  StepUnknownError,
   UnavailableError,
 } from '../../src/index.js';
 import { Proxy } from './proxy.js';
@@ -73,13 +74,18 @@ test('a step does not wait for ever for a server that says nothing', async () =>
   const { session } = await counted({ through, timeoutS: 1 });
   await session.step({ w: ones });
   proxy.block();
-  await assert.rejects(session.step({ w: ones }), DeadlineError);
+  await assert.rejects(session.step({ w: ones }), (/** @type {any} */ error) => {
+    assert.ok(error instanceof StepUnknownError);
+    assert.ok(error.cause instanceof DeadlineError);
+    assert.deepEqual([error.step, error.worker], [2, 0]);
+    return true;
+  });
 });
 
 test('a server that is not there is unavailable', async () => {
   const { proxy, through } = await proxied();
   proxy.close();
-  const client = connect(through, { retries: 0 });
+  const client = connect(through, { retry: { totalS: 0 } });
   await assert.rejects(client.serverInfo(), UnavailableError);
   await client.close();
 });

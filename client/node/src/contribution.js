@@ -1,0 +1,151 @@
+/** What a worker contributes to a step, and how it is sent until it has been answered. */
+import { StepDigest } from './digest.js';
+import {
+  ClosedError,
+  DeadlineError,
+  InternalError,
+  OptserveError,
+  ProtocolError,
+  RequestError,
+  SessionError,
+  StepUnknownError,
+  UnavailableError,
+} from './errors.js';
+import { CHUNK_BYTES_MAX, split, whole } from './framing.js';
+import { isPassing } from './retry.js';
+import { headerToMessage } from './tensor.js';
+
+/** @typedef {import('./calls.js').Calls} Calls */
+/** @typedef {import('./encoded.js').GradientSources} GradientSources */
+/** @typedef {import('./framing.js').Source} Source */
+/** @typedef {import('./types.js').Tensor} Tensor */
+
+/** The gradients of one worker for one step. Whenever they are sent, they are sent with the same bytes and digest. */
+export class Contribution {
+  #gradients;
+  #complete;
+  #sources;
+  /** @type {Buffer | undefined} Of the content, once all of it has been read. */ #digest;
+  #unanswered = false;
+
+  /**
+   * @param {{step: number, worker: number}} place
+   * @param {Map<string, Tensor>} gradients In the order of their parameters.
+   * @param {boolean} complete Whether there is one for every parameter, of its data type and shape.
+   * @param {GradientSources} sources
+   */
+  constructor({ step, worker }, gradients, complete, sources) {
+    this.step = step;
+    this.worker = worker;
+    this.#gradients = gradients;
+    this.#complete = complete;
+    this.#sources = sources;
+  }
+
+  /**
+   * Send it until it has been answered, or there is no use in it any more.
+   *
+   * @template T
+   * @param {Calls} calls
+   * @param {() => Promise<T>} attempt
+   * @param {(error: OptserveError, attempt: number) => boolean} [mayPass]
+   * @returns {Promise<T>}
+   * @throws {OptserveError} A StepUnknownError if it was sent, and its fate is not known.
+   */
+  async take(calls, attempt, mayPass = isPassing) {
+    try {
+      return await calls.persevere(async () => {
+        try {
+          return await attempt();
+        } catch (error) {
+          this.#unanswered ||= this.#digest !== undefined && saysNothing(error);
+          throw error;
+        }
+      }, mayPass);
+    } catch (error) {
+      if (!this.#unanswered || this.#digest === undefined || isAnswer(error)) throw error;
+      const { step, worker } = this;
+      throw new StepUnknownError(/** @type {any} */ (error), {
+        step,
+        worker,
+        digest: this.#digest,
+      });
+    }
+  }
+
+  /**
+   * Return the events that make the step on a stream. If there is a gradient for every parameter both sides know what comes:
+   * nothing is announced, and a small model takes one message each way. What the server has already is not sent again.
+   *
+   * @param {{step: number, digest: Buffer} | null | undefined} known The worker's last contribution that the server has.
+   * @returns {Iterable<any>}
+   */
+  events(known) {
+    const isKnown =
+      known?.step === this.step && this.#digest !== undefined && this.#digest.equals(known.digest);
+    if (!this.#complete) {
+      const headers = [...this.#gradients].map(([name, tensor]) => headerToMessage(tensor, name));
+      return this.#inChunks({ gradients: headers }, isKnown);
+    }
+    const bytes = [...this.#gradients.values()].reduce((sum, { data }) => sum + data.byteLength, 0);
+    if (bytes > CHUNK_BYTES_MAX) return this.#inChunks({ everyParameter: true }, isKnown);
+    const gradients = isKnown ? [] : this.#inFull();
+    return [{ packed: { step: this.step, gradients, digest: this.#digest } }];
+  }
+
+  /** Return what a StepRequest holds of it. */
+  get message() {
+    const data = this.#inFull();
+    const gradients = [...this.#gradients].map(([name, tensor], i) => ({
+      header: headerToMessage(tensor, name),
+      data: data[i],
+    }));
+    return { worker: this.worker, step: this.step, gradients, digest: this.#digest };
+  }
+
+  /** @param {any} announced @param {boolean} isKnown @returns {Generator<any, void, void>} */
+  *#inChunks(announced, isKnown) {
+    yield { begin: { step: this.step, ...announced, digest: this.#digest } };
+    if (!isKnown) {
+      const { sources, digest } = this.#read();
+      for (const chunks of split(sources)) yield { chunks };
+      this.#digest = digest.end();
+    }
+    yield { end: { digest: this.#digest } };
+  }
+
+  /** @returns {Buffer[]} The bytes of each gradient. */
+  #inFull() {
+    const { sources, digest } = this.#read();
+    const data = sources.map(whole);
+    this.#digest = digest.end();
+    return data;
+  }
+
+  /** Begin to read the gradients, and to calculate their digest on the way. */
+  #read() {
+    const digest = new StepDigest(this.#complete ? [] : [...this.#gradients.keys()]);
+    return { sources: this.#sources.of(this.step, this.#gradients, digest), digest };
+  }
+}
+
+/** Whether an error says nothing of a step that had been sent before it. @param {unknown} error */
+function saysNothing(error) {
+  if ([UnavailableError, DeadlineError, ClosedError].some((type) => error instanceof type))
+    return true;
+  return (
+    error instanceof SessionError && ['SEAT_TAKEN_OVER', 'STALLED'].includes(error.reason ?? '')
+  );
+}
+
+/**
+ * Whether an error is for the caller as it is, though an attempt before it was not answered: it says what became of the step,
+ * or that there is nothing left to become of it, or is a fault that must not be hidden.
+ *
+ * @param {unknown} error
+ */
+function isAnswer(error) {
+  if (error instanceof SessionError) return !saysNothing(error);
+  if (!(error instanceof OptserveError)) return true;
+  return [RequestError, ProtocolError, InternalError].some((type) => error instanceof type);
+}
