@@ -52,8 +52,15 @@ class Worker(Protocol):
     def status(self) -> SessionStatus:
         """Where the session stood when the stream was opened."""
 
-    def start(self, step: int, gradients: Tensors) -> Future[StepAnswer]:
-        """Send a step; the future ends with its answer, or with RefusedError."""
+    @property
+    def contribution(self) -> pb.Contribution | None:
+        """The last step that the worker had contributed to then; None if there was none."""
+
+    def start(self, step: int, gradients: Tensors, digest: bytes = b"") -> Future[StepAnswer]:
+        """Send a step; the future ends with its answer, or with RefusedError.
+
+        What ``digest`` identifies is the caller's to say.
+        """
 
     def abandon(self) -> None:
         """Break the stream off, whatever goes on."""
@@ -62,7 +69,9 @@ class Worker(Protocol):
 class Driver(Protocol):
     """What a client can do. Everything that is refused raises RefusedError."""
 
-    def create(self, spec: SessionSpec, values: Tensors | None = None) -> Session:
+    def create(
+        self, spec: SessionSpec, values: Tensors | None = None, request_id: str = ""
+    ) -> Session:
         """Create a session, with values for its parameters if they are given."""
 
     def get(self, session_id: str) -> Session:
@@ -83,8 +92,13 @@ class Driver(Protocol):
     def download(self, session_id: str, names: Sequence[str] = ()) -> dict[str, Tensor]:
         """Get values of parameters."""
 
-    def worker(self, session_id: str, worker: int = 0) -> AbstractContextManager[Worker]:
+    def worker(
+        self, session_id: str, worker: int = 0, client_id: bytes = b""
+    ) -> AbstractContextManager[Worker]:
         """Open a worker's stream, for a block."""
+
+    def contribution(self, session_id: str, worker: int = 0) -> pb.GetContributionResponse:
+        """Ask what became of a worker's last step."""
 
     def end_epoch(self, session_id: str, epoch: int) -> SessionStatus:
         """End an epoch."""
@@ -104,9 +118,9 @@ class Driver(Protocol):
         """Read a page of the history."""
 
 
-def take(worker: Worker, step: int, gradients: Tensors) -> StepAnswer:
+def take(worker: Worker, step: int, gradients: Tensors, digest: bytes = b"") -> StepAnswer:
     """Take one step, and wait for its answer."""
-    return worker.start(step, gradients).result(TIMEOUT_S)
+    return worker.start(step, gradients, digest).result(TIMEOUT_S)
 
 
 @contextmanager

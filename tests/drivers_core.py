@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from drivers import Evaluation, StepAnswer, Tensors
 from event_loop import EventLoopThread
+from messages import messages_of
 from refusals import RefusedError, translated
 from torch import Tensor
 
@@ -26,7 +28,7 @@ from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.surroundings import Overlap, Surroundings
 from optserve_server.core.tenant import DEFAULT_TENANT, TenantRegistry
 from optserve_server.core.tensors import spec_of
-from optserve_server.rpc import change, decode, decode_spec, encode
+from optserve_server.rpc import change, create, decode, encode
 
 _T = TypeVar("_T")
 
@@ -68,12 +70,15 @@ class CoreDriver:
     ) -> None:
         self._stack.close()
 
-    def create(self, spec: SessionSpec, values: Tensors | None = None) -> Session:
+    def create(
+        self, spec: SessionSpec, values: Tensors | None = None, request_id: str = ""
+    ) -> Session:
+        request = pb.CreateSessionRequest(
+            spec=spec, values=messages_of(values or {}), request_id=request_id
+        )
+
         async def created() -> Session:
-            actor = await self.registry.create(decode_spec.session_spec(spec, self._limits))
-            if values:
-                await _set(actor, values)
-            return encode.session(actor)
+            return encode.session(await create.create(request, self.registry))
 
         return self._run(created())
 
@@ -115,16 +120,21 @@ class CoreDriver:
         return self._run(downloaded())
 
     @contextmanager
-    def worker(self, session_id: str, worker: int = 0) -> Iterator[_CoreWorker]:
-        stream = _CoreWorker()
-        serving = self.loop.start(stream.serve(self.registry, session_id, worker))
+    def worker(
+        self, session_id: str, worker: int = 0, client_id: bytes = b""
+    ) -> Iterator[_CoreWorker]:
+        stream = _CoreWorker(worker, client_id)
+        serving = self.loop.start(stream.serve(self.registry, session_id))
         try:
             with translated():
-                stream.status = stream.opened.result()
+                stream.opened.result()
             yield stream
         finally:
             self.loop.call(stream.leave)
             wait([serving])
+
+    def contribution(self, session_id: str, worker: int = 0) -> pb.GetContributionResponse:
+        return self._call(lambda: _contribution(self.registry.find(session_id), worker))
 
     def end_epoch(self, session_id: str, epoch: int) -> SessionStatus:
         async def ended() -> SessionStatus:
@@ -180,16 +190,18 @@ class _CoreWorker:
     """One worker's steps, one after the other, in a task that is attached to the session."""
 
     status: SessionStatus
+    contribution: pb.Contribution | None
 
-    def __init__(self) -> None:
-        self.opened: Future[SessionStatus] = Future()
-        self._steps: asyncio.Queue[tuple[int, Tensors, Future[StepAnswer]] | None]
+    def __init__(self, worker: int, client_id: bytes) -> None:
+        self.opened: Future[None] = Future()
+        self._worker, self._client_id = worker, client_id
+        self._steps: asyncio.Queue[_Step | None]
         self._unanswered: list[Future[StepAnswer]] = []
         self._end: OptserveError | None = None
         self._task: asyncio.Task[Any]
         self._loop: asyncio.AbstractEventLoop
 
-    async def serve(self, registry: TenantRegistry, session_id: str, worker: int) -> None:
+    async def serve(self, registry: TenantRegistry, session_id: str) -> None:
         """Take steps until the worker leaves."""
         self._loop, self._steps = asyncio.get_running_loop(), asyncio.Queue()
         task = asyncio.current_task()
@@ -197,11 +209,14 @@ class _CoreWorker:
         self._task = task
         try:
             actor = registry.find(session_id)
-            with actor.attach(worker):
-                self.opened.set_result(encode.session_status(actor))
-                while (item := await self._steps.get()) is not None:
-                    step, gradients, answer = item
-                    await _answer(actor, worker, step, gradients, answer)
+            await actor.vacate(self._worker, self._client_id)
+            with actor.attach(self._worker, self._client_id):
+                self.status = encode.session_status(actor)
+                last = actor.last_contribution(self._worker)
+                self.contribution = encode.contribution(last) if last else None
+                self.opened.set_result(None)
+                while (step := await self._steps.get()) is not None:
+                    await _answer(actor, self._worker, step)
         except OptserveError as error:
             self._end = error
             if not self.opened.done():
@@ -210,10 +225,10 @@ class _CoreWorker:
                 if not answer.done():
                     answer.set_exception(RefusedError.from_error(error))
 
-    def start(self, step: int, gradients: Tensors) -> Future[StepAnswer]:
-        answer: Future[StepAnswer] = Future()
-        self._loop.call_soon_threadsafe(self._send, step, gradients, answer)
-        return answer
+    def start(self, step: int, gradients: Tensors, digest: bytes = b"") -> Future[StepAnswer]:
+        sent = _Step(number=step, gradients=gradients, digest=digest)
+        self._loop.call_soon_threadsafe(self._send, sent)
+        return sent.answer
 
     def abandon(self) -> None:
         self._loop.call_soon_threadsafe(self._task.cancel)
@@ -222,28 +237,40 @@ class _CoreWorker:
         """End the stream once the steps that were sent have been answered."""
         self._steps.put_nowait(None)
 
-    def _send(self, step: int, gradients: Tensors, answer: Future[StepAnswer]) -> None:
+    def _send(self, step: _Step) -> None:
         if self._end:
-            answer.set_exception(RefusedError.from_error(self._end))
+            step.answer.set_exception(RefusedError.from_error(self._end))
             return
-        self._unanswered.append(answer)
-        self._steps.put_nowait((step, gradients, answer))
+        self._unanswered.append(step.answer)
+        self._steps.put_nowait(step)
 
 
-async def _answer(
-    actor: SessionActor, worker: int, step: int, gradients: Tensors, answer: Future[StepAnswer]
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """A step that was sent."""
+
+    number: int
+    gradients: Tensors
+    digest: bytes
+    answer: Future[StepAnswer] = field(default_factory=Future)
+
+
+async def _answer(actor: SessionActor, worker: int, step: _Step) -> None:
     try:
-        specs = [spec_of(name, gradient) for name, gradient in gradients.items()]
+        specs = [spec_of(name, gradient) for name, gradient in step.gradients.items()]
         whole = specs == list(actor.spec.parameters)  # Then nobody need look for their places.
-        contribution = actor.begin(worker, step, None if whole else specs)
-        for target, gradient in zip(contribution.targets, gradients.values(), strict=False):
+        contribution = actor.begin(worker, step.number, None if whole else specs, step.digest)
+        for target, gradient in zip(contribution.targets, step.gradients.values(), strict=False):
             target.copy_(gradient)
         outcome, replayed = await actor.commit(contribution)
         result = encode.step_result(outcome, replayed=replayed)
-        answer.set_result(StepAnswer(result=result, parameters=await _parameters(actor)))
+        step.answer.set_result(StepAnswer(result=result, parameters=await _parameters(actor)))
     except OptserveError as error:
-        answer.set_exception(RefusedError.from_error(error))
+        step.answer.set_exception(RefusedError.from_error(error))
+
+
+def _contribution(actor: SessionActor, worker: int) -> pb.GetContributionResponse:
+    return encode.contribution_response(actor, actor.last_contribution(worker))
 
 
 async def _set(actor: SessionActor, values: Tensors) -> None:

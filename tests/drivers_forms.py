@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
 from drivers import StepAnswer, Tensors
-from drivers_grpc import StubDriver, StubWorker
+from drivers_grpc import StubDriver, StubWorker, opening
 from messages import bytes_of, chunks_of, header_of, tensors_of
 from refusals import RefusedError, translated
 
@@ -29,9 +29,11 @@ class FormDriver(StubDriver):
         self._form: Form = form
 
     @contextmanager
-    def worker(self, session_id: str, worker: int = 0) -> Iterator[FormWorker]:
+    def worker(
+        self, session_id: str, worker: int = 0, client_id: bytes = b""
+    ) -> Iterator[FormWorker]:
         stream = FormWorker(self.stub, self.get(session_id).spec.parameters, self._form)
-        with stream.opened(session_id, worker):
+        with stream.opened(opening(session_id, worker, client_id)):
             yield stream
 
 
@@ -47,20 +49,21 @@ class FormWorker(StubWorker):
         self._headers = headers
         self.form = form
 
-    def start(self, step: int, gradients: Tensors) -> Future[StepAnswer]:
+    def start(self, step: int, gradients: Tensors, digest: bytes = b"") -> Future[StepAnswer]:
         whole = {name: header_of(name, each) for name, each in gradients.items()}
         if self.form == "announced" or whole != {each.name: each for each in self._headers}:
-            return super().start(step, gradients)
+            return super().start(step, gradients, digest)
         ordered = [gradients[header.name] for header in self._headers]
         data = [bytes_of(gradient) for gradient in ordered]
         if self.form == "packed" and sum(map(len, data)) <= CHUNK_BYTES_MAX:
-            self._requests.put(pb.TrainRequest(packed=pb.PackedStep(step=step, gradients=data)))
+            packed = pb.PackedStep(step=step, gradients=data, digest=digest)
+            self._requests.put(pb.TrainRequest(packed=packed))
             return self.receiver.submit(self._receive_packed)
         begin = pb.StepBegin(step=step, every_parameter=True)
         self._requests.put(pb.TrainRequest(begin=begin))
         for chunks in chunks_of(ordered):
             self._requests.put(pb.TrainRequest(chunks=chunks))
-        self._requests.put(pb.TrainRequest(end=pb.StepEnd()))
+        self._requests.put(pb.TrainRequest(end=pb.StepEnd(digest=digest)))  # Known only now.
         return self.receiver.submit(self._receive, self._headers)
 
     def _receive_packed(self) -> StepAnswer:

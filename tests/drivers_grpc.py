@@ -61,8 +61,12 @@ class StubDriver:
     ) -> None:
         self._stack.close()
 
-    def create(self, spec: SessionSpec, values: Tensors | None = None) -> Session:
-        request = pb.CreateSessionRequest(spec=spec, values=messages_of(values or {}))
+    def create(
+        self, spec: SessionSpec, values: Tensors | None = None, request_id: str = ""
+    ) -> Session:
+        request = pb.CreateSessionRequest(
+            spec=spec, values=messages_of(values or {}), request_id=request_id
+        )
         with translated():
             return self.stub.CreateSession(request, timeout=TIMEOUT_S).session
 
@@ -104,10 +108,17 @@ class StubDriver:
             return assembled(begin.parameters, (response.chunks for response in responses))
 
     @contextmanager
-    def worker(self, session_id: str, worker: int = 0) -> Iterator[StubWorker]:
+    def worker(
+        self, session_id: str, worker: int = 0, client_id: bytes = b""
+    ) -> Iterator[StubWorker]:
         stream = StubWorker(self.stub)
-        with stream.opened(session_id, worker):
+        with stream.opened(opening(session_id, worker, client_id)):
             yield stream
+
+    def contribution(self, session_id: str, worker: int = 0) -> pb.GetContributionResponse:
+        request = pb.GetContributionRequest(session_id=session_id, worker=worker)
+        with translated():
+            return self.stub.GetContribution(request, timeout=TIMEOUT_S)
 
     def end_epoch(self, session_id: str, epoch: int) -> SessionStatus:
         request = pb.EndEpochRequest(session_id=session_id, epoch=epoch)
@@ -159,10 +170,16 @@ class StubDriver:
             return self.stub.ListLossPoints(request, timeout=TIMEOUT_S)
 
 
+def opening(session_id: str, worker: int, client_id: bytes) -> pb.TrainOpen:
+    """Return what opens a worker's stream."""
+    return pb.TrainOpen(session_id=session_id, worker=worker, client_id=client_id)
+
+
 class StubWorker:
     """One worker's stream; its answers are read in a thread of its own."""
 
     status: SessionStatus
+    contribution: pb.Contribution | None
 
     def __init__(self, stub: OptimizerServiceStub) -> None:
         self.receiver = ThreadPoolExecutor(1)
@@ -170,24 +187,26 @@ class StubWorker:
         self._responses = stub.Train(iter(self._requests.get, None))
 
     @contextmanager
-    def opened(self, session_id: str, worker: int) -> Iterator[None]:
+    def opened(self, opening: pb.TrainOpen) -> Iterator[None]:
         """Open the stream for a block."""
         with self.receiver:
             try:
                 with translated():
-                    self.open(session_id, worker)
+                    self.open(opening)
                 yield
             finally:
                 self.leave()
 
-    def open(self, session_id: str, worker: int) -> None:
-        """Open the stream."""
-        opening = pb.TrainOpen(session_id=session_id, worker=worker)
+    def open(self, opening: pb.TrainOpen) -> pb.TrainOpened:
+        """Open the stream; return what it was answered with."""
         self._requests.put(pb.TrainRequest(open=opening))
-        self.status = next(self._responses).opened.status
+        opened = next(self._responses).opened
+        self.status = opened.status
+        self.contribution = opened.contribution if opened.HasField("contribution") else None
+        return opened
 
-    def start(self, step: int, gradients: Tensors) -> Future[StepAnswer]:
-        begin = pb.StepBegin(step=step, gradients=headers_of(gradients))
+    def start(self, step: int, gradients: Tensors, digest: bytes = b"") -> Future[StepAnswer]:
+        begin = pb.StepBegin(step=step, gradients=headers_of(gradients), digest=digest)
         self._requests.put(pb.TrainRequest(begin=begin))
         for chunks in chunks_of(gradients.values()):
             self._requests.put(pb.TrainRequest(chunks=chunks))

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 
 from drivers import StepAnswer, Tensors
-from drivers_grpc import StubDriver, StubWorker
+from drivers_grpc import StubDriver, StubWorker, opening
 from messages import DTYPES, bytes_of, header_of, tensors_of
 from refusals import RefusedError, translated
 from torch import Tensor
@@ -28,9 +28,11 @@ class SharedDriver(StubDriver):
     """Takes steps in shared memory; those that it has no form for, as any client may."""
 
     @contextmanager
-    def worker(self, session_id: str, worker: int = 0) -> Iterator[SharedWorker]:
+    def worker(
+        self, session_id: str, worker: int = 0, client_id: bytes = b""
+    ) -> Iterator[SharedWorker]:
         stream = SharedWorker(self.stub, self.get(session_id).spec.parameters)
-        with stream.opened(session_id, worker):
+        with stream.opened(opening(session_id, worker, client_id)):
             yield stream
 
 
@@ -43,29 +45,32 @@ class SharedWorker(StubWorker):
         super().__init__(stub)
         self._headers = headers
 
-    def open(self, session_id: str, worker: int) -> None:
+    def open(self, opening: pb.TrainOpen) -> pb.TrainOpened:
         """Open the stream, and map what is offered."""
-        opening = pb.TrainOpen(session_id=session_id, worker=worker, shared_memory=True)
-        self._requests.put(pb.TrainRequest(open=opening))
-        opened = next(self._responses).opened
+        opening.shared_memory = True
+        opened = super().open(opening)
         assert opened.HasField("shared_memory")
-        self.status, self.offer = opened.status, opened.shared_memory
+        self.offer = opened.shared_memory
         process = self.offer.process
         self.parameters = SharedTensors(process, self.offer.parameters, self._headers)
         self.gradients = SharedTensors(process, self.offer.gradients, self._headers, writable=True)
+        return opened
 
-    def start(self, step: int, gradients: Tensors) -> Future[StepAnswer]:
+    def start(self, step: int, gradients: Tensors, digest: bytes = b"") -> Future[StepAnswer]:
         headers = {header.name: header for header in self._headers}
         if any(header_of(name, each) != headers.get(name) for name, each in gradients.items()):
-            return super().start(step, gradients)
+            return super().start(step, gradients, digest)
         for name, gradient in gradients.items():
             self.gradients.write(name, gradient)
         absent = [at for at, header in enumerate(self._headers) if header.name not in gradients]
-        return self.send_shared(step, absent)
+        return self.send_shared(step, absent, digest)
 
-    def send_shared(self, step: int, absent: Sequence[int]) -> Future[StepAnswer]:
+    def send_shared(
+        self, step: int, absent: Sequence[int], digest: bytes = b""
+    ) -> Future[StepAnswer]:
         """Send a step with the gradients that lie in the memory."""
-        self._requests.put(pb.TrainRequest(shared=pb.SharedStep(step=step, absent=absent)))
+        shared = pb.SharedStep(step=step, absent=absent, digest=digest)
+        self._requests.put(pb.TrainRequest(shared=shared))
         return self.receiver.submit(self._receive_shared)
 
     def _receive_shared(self) -> StepAnswer:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from drivers import reopened, take
-from drivers_grpc import StubDriver
+from drivers_grpc import StubDriver, opening
 from drivers_shared import SharedDriver, SharedTensors, SharedWorker
 from event_loop import TIMEOUT_S
 from refusals import RefusedError, refused
@@ -278,7 +278,7 @@ def test_a_shared_step_of_a_worker_without_shared_memory_ends_its_stream(
 ) -> None:
     session_id = create(driver, spec(SGD(lr=1)))
     worker = SharedWorker(driver.stub, driver.get(session_id).spec.parameters)
-    super(SharedWorker, worker).open(session_id, 0)
+    super(SharedWorker, worker).open(opening(session_id, 0, b""))
     with refused("EVENT_OUT_OF_ORDER", field="event"), worker.receiver:
         worker.send_shared(1, []).result(TIMEOUT_S)
     assert_same(driver.download(session_id), model())

@@ -12,6 +12,7 @@ import pytest
 import torch
 from drivers import StepAnswer, Tensors
 from drivers_forms import FormDriver, FormWorker
+from drivers_grpc import opening
 from event_loop import TIMEOUT_S
 from messages import bytes_of, chunks_of
 from parity.cases import OptimizerCase, SchedulerCase
@@ -64,9 +65,11 @@ class AheadDriver(FormDriver):
     """Sends the last gradients only once the answer has begun."""
 
     @contextmanager
-    def worker(self, session_id: str, worker: int = 0) -> Iterator[AheadWorker]:
+    def worker(
+        self, session_id: str, worker: int = 0, client_id: bytes = b""
+    ) -> Iterator[AheadWorker]:
         stream = AheadWorker(self.stub, self.get(session_id))
-        with stream.opened(session_id, worker):
+        with stream.opened(opening(session_id, worker, client_id)):
             yield stream
 
 
@@ -79,9 +82,9 @@ class AheadWorker(FormWorker):
         self._awaited: Literal["chunks", "begin"] = "chunks" if _is_fused(session) else "begin"
         self._came = threading.Event()
 
-    def start(self, step: int, gradients: Tensors) -> Future[StepAnswer]:
+    def start(self, step: int, gradients: Tensors, digest: bytes = b"") -> Future[StepAnswer]:
         *messages, last = chunks_of(gradients.values(), MESSAGE_BYTES)
-        begin = pb.StepBegin(step=step, every_parameter=True)
+        begin = pb.StepBegin(step=step, every_parameter=True, digest=digest)
         self._came.clear()
         self._requests.put(pb.TrainRequest(begin=begin))
         for chunks in messages:

@@ -26,7 +26,14 @@ from optserve_server.core.limits import Limits
 from optserve_server.core.losses import LossOutcome
 from optserve_server.core.outcome import StepOutcome
 from optserve_server.core.round import LastContribution
-from optserve_server.core.spec import Choice, ScheduleUnit, SessionSpec, Split, Value
+from optserve_server.core.spec import (
+    Choice,
+    DurabilityMode,
+    ScheduleUnit,
+    SessionSpec,
+    Split,
+    Value,
+)
 from optserve_server.core.tensors import TensorSpec, byte_view, dtype_name, spec_of
 from optserve_server.rpc.constraints import kind_of
 from optserve_server.rpc.encoded import ENCODINGS
@@ -37,6 +44,11 @@ SPLITS: Mapping[Split, session_pb2.Split.ValueType] = {
     Split.NONE: session_pb2.SPLIT_UNSPECIFIED,
     Split.TRAIN: session_pb2.SPLIT_TRAIN,
     Split.VALIDATION: session_pb2.SPLIT_VALIDATION,
+}
+_DURABILITY_MODES: Mapping[DurabilityMode, session_pb2.DurabilityMode.ValueType] = {
+    DurabilityMode.NONE: session_pb2.DURABILITY_MODE_NONE,
+    DurabilityMode.SNAPSHOT: session_pb2.DURABILITY_MODE_SNAPSHOT,
+    DurabilityMode.JOURNAL: session_pb2.DURABILITY_MODE_JOURNAL,
 }
 _UNITS: Mapping[ScheduleUnit, scheduler_pb2.ScheduleUnit.ValueType] = {
     ScheduleUnit.STEPS: scheduler_pb2.SCHEDULE_UNIT_STEPS,
@@ -109,6 +121,12 @@ def session_spec(spec: SessionSpec) -> session_pb2.SessionSpec:
         wire=session_pb2.Wire(
             gradients=ENCODINGS[spec.wire.gradients], parameters=ENCODINGS[spec.wire.parameters]
         ),
+        durability=session_pb2.Durability(
+            mode=_DURABILITY_MODES[spec.durability.mode],
+            snapshot_steps=spec.durability.snapshot_steps,
+            snapshot_s=spec.durability.snapshot_s,
+            fsync=spec.durability.fsync,
+        ),
     )
 
 
@@ -176,6 +194,18 @@ def contribution(last: LastContribution) -> optimizer_service_pb2.Contribution:
     """Encode the last step that a worker has contributed to."""
     return optimizer_service_pb2.Contribution(
         step=last.step, digest=last.digest, applied=last.outcome is not None
+    )
+
+
+def contribution_response(
+    actor: SessionActor, last: LastContribution | None
+) -> optimizer_service_pb2.GetContributionResponse:
+    """Encode what became of a worker's last step, and where the session stands."""
+    outcome = last.outcome if last else None
+    return optimizer_service_pb2.GetContributionResponse(
+        contribution=contribution(last) if last else None,
+        result=step_result(outcome, replayed=True) if outcome else None,
+        status=session_status(actor),
     )
 
 

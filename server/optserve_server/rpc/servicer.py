@@ -120,13 +120,7 @@ class OptimizerServicer(OptimizerServiceServicer):
     ) -> pb.GetContributionResponse:
         """Say what became of a worker's last step."""
         actor = self._sessions().find(request.session_id)
-        last = actor.last_contribution(request.worker)
-        outcome = last.outcome if last else None
-        return pb.GetContributionResponse(
-            contribution=encode.contribution(last) if last else None,
-            result=encode.step_result(outcome, replayed=True) if outcome else None,
-            status=encode.session_status(actor),
-        )
+        return encode.contribution_response(actor, actor.last_contribution(request.worker))
 
     async def EndEpoch(self, request: pb.EndEpochRequest, context: _Context) -> pb.EndEpochResponse:
         """End an epoch."""
