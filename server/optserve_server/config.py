@@ -105,7 +105,8 @@ class Config(BaseSettings):
     """Whether clients of the same user on this host may have tensors in memory that they share."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """Whether to answer a step while its gradients still arrive, which a slow link needs and which
-    takes up to 48 MiB for each step under way: on, off, or auto for clients that are not on this host."""
+    takes up to 48 MiB for each step under way: on, off, or auto for clients that are not on this
+    host."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least important messages that are logged."""
@@ -134,6 +135,11 @@ class Config(BaseSettings):
     """Memory that sessions may take together, such as 8GiB; 0 means 80 % of the device's memory."""
     session_bytes_max: ByteSize = ByteSize(0)
     """Memory that one session may take; 0 means as much as all together."""
+    journal_bytes_max: Annotated[ByteSize, Field(ge=1 << 20)] = ByteSize(_LIMITS.journal_bytes_max)
+    """How large a session's journal may become before a snapshot makes up for it."""
+    park_timeout_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _LIMITS.park_timeout_s
+    """A durable session that nobody has used for so many seconds leaves the memory, and comes back
+    from disk when it is called; 0 means never."""
     loss_bytes_max: ByteSize = ByteSize(_LIMITS.loss_bytes_max)
     """How large predictions and targets of one evaluation may be."""
     message_bytes_max: Annotated[ByteSize, Field(ge=1 << 20, le=1 << 30)] = ByteSize(

@@ -258,6 +258,8 @@ def test_every_limit_is_tested_announced_and_can_be_set() -> None:
         "calls_max": "test_too_many_calls.py",
         "request_rate_max": "test_too_many_calls.py",
         "idle_timeout_s": "test_idle_sessions.py",
+        "journal_bytes_max": "test_durability.py",
+        "park_timeout_s": "test_parking.py",
     }
     tested = {name.partition(" ")[0] for name in LIMITS} | set(elsewhere)
     assert tested == {field.name for field in dataclasses.fields(Limits)}

@@ -17,6 +17,9 @@
     ├── SessionError                    the session's state: ask for it, and go on from there
     │   ├── SessionNotFoundError            there is no such session
     │   ├── SessionDeletedError             it was deleted while the call was going on
+    │   ├── SessionDamagedError             the server's disk has lost it: it can only be deleted
+    │   ├── JournalForeignError             another torch, or device, must replay its journal
+    │   ├── NoStorageError                  the server keeps sessions in memory only
     │   ├── SessionFailedError              it can only be deleted
     │   ├── ParametersNotSetError           not every parameter has a value
     │   ├── LossNotSetError                 it has no loss to evaluate
@@ -161,6 +164,21 @@ class SessionFailedError(SessionError):
     """A fault of the server left the session half changed; it can only be deleted."""
 
 
+class SessionDamagedError(SessionError):
+    """What the server has of the session on disk is not what it wrote; it can only be deleted."""
+
+
+class JournalForeignError(SessionError):
+    """The session's journal was written with another torch, or on another device.
+
+    Nothing is lost: it is for the server's operator to replay it.
+    """
+
+
+class NoStorageError(SessionError):
+    """The server keeps sessions in memory only, and was asked to keep one on disk."""
+
+
 class ParametersNotSetError(SessionError):
     """Not every parameter has a value, or this client has not downloaded them."""
 
@@ -278,9 +296,13 @@ ERROR_BY_REASON: dict[Reason.ValueType, type[OptserveError]] = {
     Reason.REASON_SCHEDULE_FAILED: ScheduleFailedError,
     Reason.REASON_SESSION_FAILED: SessionFailedError,
     Reason.REASON_SESSION_DELETED: SessionDeletedError,
+    Reason.REASON_SESSION_DAMAGED: SessionDamagedError,
+    Reason.REASON_JOURNAL_FOREIGN: JournalForeignError,
+    Reason.REASON_NO_STORAGE: NoStorageError,
     Reason.REASON_TOO_MANY: LimitError,
     Reason.REASON_MEMORY_EXHAUSTED: LimitError,
     Reason.REASON_LIMIT_EXCEEDED: LimitError,
+    Reason.REASON_STORAGE_FULL: LimitError,
     Reason.REASON_RATE_EXCEEDED: LimitError,
     Reason.REASON_UNAUTHENTICATED: UnauthenticatedError,
     Reason.REASON_DRAINING: UnavailableError,

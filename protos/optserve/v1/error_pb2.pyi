@@ -104,6 +104,14 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The request_id belongs to a session that was created from another request (ALREADY_EXISTS)."""
     REASON_SEAT_TAKEN_OVER: _Reason.ValueType  # 45
     """The same client has opened another stream for this worker, which goes on in this one's place (ABORTED)."""
+    REASON_SESSION_DAMAGED: _Reason.ValueType  # 36
+    """What is on disk of the session is not what was written there; it can only be deleted (DATA_LOSS)."""
+    REASON_JOURNAL_FOREIGN: _Reason.ValueType  # 37
+    """The session's journal was written with another version of torch, or on another device, and replaying it might give other
+    bits. Nothing is lost: start the server that wrote it, or this one with --replay-foreign-journals (FAILED_PRECONDITION).
+    """
+    REASON_NO_STORAGE: _Reason.ValueType  # 39
+    """The server has no data directory, and keeps sessions in memory only (FAILED_PRECONDITION)."""
     REASON_TOO_MANY: _Reason.ValueType  # 28
     """A limit: do what the message says (RESOURCE_EXHAUSTED).
 
@@ -113,6 +121,10 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The server has no memory left for it; try again later, or with less."""
     REASON_LIMIT_EXCEEDED: _Reason.ValueType  # 30
     """It is larger than Limits allows."""
+    REASON_STORAGE_FULL: _Reason.ValueType  # 38
+    """The server's disk has no room for what would make the change durable. Nothing was changed; the same works once there is
+    room.
+    """
     REASON_RATE_EXCEEDED: _Reason.ValueType  # 44
     """The tenant began more calls than Limits.request_rate_max allows; RetryInfo says when the next one may begin."""
     REASON_UNAUTHENTICATED: _Reason.ValueType  # 40
@@ -208,6 +220,14 @@ REASON_REQUEST_CONFLICT: Reason.ValueType  # 35
 """The request_id belongs to a session that was created from another request (ALREADY_EXISTS)."""
 REASON_SEAT_TAKEN_OVER: Reason.ValueType  # 45
 """The same client has opened another stream for this worker, which goes on in this one's place (ABORTED)."""
+REASON_SESSION_DAMAGED: Reason.ValueType  # 36
+"""What is on disk of the session is not what was written there; it can only be deleted (DATA_LOSS)."""
+REASON_JOURNAL_FOREIGN: Reason.ValueType  # 37
+"""The session's journal was written with another version of torch, or on another device, and replaying it might give other
+bits. Nothing is lost: start the server that wrote it, or this one with --replay-foreign-journals (FAILED_PRECONDITION).
+"""
+REASON_NO_STORAGE: Reason.ValueType  # 39
+"""The server has no data directory, and keeps sessions in memory only (FAILED_PRECONDITION)."""
 REASON_TOO_MANY: Reason.ValueType  # 28
 """A limit: do what the message says (RESOURCE_EXHAUSTED).
 
@@ -217,6 +237,10 @@ REASON_MEMORY_EXHAUSTED: Reason.ValueType  # 29
 """The server has no memory left for it; try again later, or with less."""
 REASON_LIMIT_EXCEEDED: Reason.ValueType  # 30
 """It is larger than Limits allows."""
+REASON_STORAGE_FULL: Reason.ValueType  # 38
+"""The server's disk has no room for what would make the change durable. Nothing was changed; the same works once there is
+room.
+"""
 REASON_RATE_EXCEEDED: Reason.ValueType  # 44
 """The tenant began more calls than Limits.request_rate_max allows; RetryInfo says when the next one may begin."""
 REASON_UNAUTHENTICATED: Reason.ValueType  # 40

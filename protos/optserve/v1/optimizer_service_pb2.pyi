@@ -1773,6 +1773,8 @@ class Limits(_message.Message):
     REQUEST_RATE_MAX_FIELD_NUMBER: _builtins.int
     TENANT_SESSIONS_MAX_FIELD_NUMBER: _builtins.int
     TENANT_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    JOURNAL_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    PARK_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     DIGEST_BYTES_MAX_FIELD_NUMBER: _builtins.int
     REQUEST_ID_BYTES_MAX_FIELD_NUMBER: _builtins.int
     TRANSFER_RATE_MIN_FIELD_NUMBER: _builtins.int
@@ -1828,6 +1830,12 @@ class Limits(_message.Message):
     """tenant_sessions_max is how many sessions a tenant may have. Zero: as many as all together."""
     tenant_bytes_max: _builtins.int
     """tenant_bytes_max is how much the sessions of a tenant may reserve together. Zero: as much as all together."""
+    journal_bytes_max: _builtins.int
+    """journal_bytes_max is how large the journal of one session may become before a snapshot is taken that makes up for it."""
+    park_timeout_s: _builtins.float
+    """park_timeout_s is after how many seconds a durable session that nobody uses leaves the memory; see SESSION_STATE_PARKED.
+    What is in use is said at idle_timeout_s. Zero: sessions are not parked.
+    """
     digest_bytes_max: _builtins.int
     """digest_bytes_max is how long the digest of a step may be."""
     request_id_bytes_max: _builtins.int
@@ -1862,13 +1870,15 @@ class Limits(_message.Message):
         request_rate_max: _builtins.float = ...,
         tenant_sessions_max: _builtins.int = ...,
         tenant_bytes_max: _builtins.int = ...,
+        journal_bytes_max: _builtins.int = ...,
+        park_timeout_s: _builtins.float = ...,
         digest_bytes_max: _builtins.int = ...,
         request_id_bytes_max: _builtins.int = ...,
         transfer_rate_min: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_max", b"calls_max", "chunk_bytes_max", b"chunk_bytes_max", "digest_bytes_max", b"digest_bytes_max", "dimensions_max", b"dimensions_max", "elements_max", b"elements_max", "expression_chars_max", b"expression_chars_max", "expression_nodes_max", b"expression_nodes_max", "groups_max", b"groups_max", "idle_timeout_s", b"idle_timeout_s", "loss_bytes_max", b"loss_bytes_max", "loss_points_max", b"loss_points_max", "memory_bytes_max", b"memory_bytes_max", "message_bytes_max", b"message_bytes_max", "name_bytes_max", b"name_bytes_max", "parameters_max", b"parameters_max", "request_id_bytes_max", b"request_id_bytes_max", "request_rate_max", b"request_rate_max", "round_timeout_s", b"round_timeout_s", "session_bytes_max", b"session_bytes_max", "sessions_max", b"sessions_max", "stall_timeout_s", b"stall_timeout_s", "streams_max", b"streams_max", "tenant_bytes_max", b"tenant_bytes_max", "tenant_sessions_max", b"tenant_sessions_max", "transfer_rate_min", b"transfer_rate_min", "workers_max", b"workers_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_max", b"calls_max", "chunk_bytes_max", b"chunk_bytes_max", "digest_bytes_max", b"digest_bytes_max", "dimensions_max", b"dimensions_max", "elements_max", b"elements_max", "expression_chars_max", b"expression_chars_max", "expression_nodes_max", b"expression_nodes_max", "groups_max", b"groups_max", "idle_timeout_s", b"idle_timeout_s", "journal_bytes_max", b"journal_bytes_max", "loss_bytes_max", b"loss_bytes_max", "loss_points_max", b"loss_points_max", "memory_bytes_max", b"memory_bytes_max", "message_bytes_max", b"message_bytes_max", "name_bytes_max", b"name_bytes_max", "parameters_max", b"parameters_max", "park_timeout_s", b"park_timeout_s", "request_id_bytes_max", b"request_id_bytes_max", "request_rate_max", b"request_rate_max", "round_timeout_s", b"round_timeout_s", "session_bytes_max", b"session_bytes_max", "sessions_max", b"sessions_max", "stall_timeout_s", b"stall_timeout_s", "streams_max", b"streams_max", "tenant_bytes_max", b"tenant_bytes_max", "tenant_sessions_max", b"tenant_sessions_max", "transfer_rate_min", b"transfer_rate_min", "workers_max", b"workers_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

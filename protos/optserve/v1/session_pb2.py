@@ -29,33 +29,37 @@ from optserve.v1 import scheduler_pb2 as optserve_dot_v1_dot_scheduler__pb2
 from optserve.v1 import tensor_pb2 as optserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19optserve/v1/session.proto\x12\x0boptserve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16optserve/v1/loss.proto\x1a\x1boptserve/v1/optimizer.proto\x1a\x1boptserve/v1/scheduler.proto\x1a\x18optserve/v1/tensor.proto\"]\n\x0eParameterGroup\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x03(\t\x12)\n\toverrides\x18\x03 \x01(\x0b\x32\x16.optserve.v1.Optimizer\"s\n\rSessionLimits\x12\x1c\n\x0floss_points_max\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fround_timeout_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x12\n\x10_loss_points_maxB\x12\n\x10_round_timeout_s\"[\n\x04Wire\x12(\n\tgradients\x18\x01 \x01(\x0e\x32\x15.optserve.v1.Encoding\x12)\n\nparameters\x18\x02 \x01(\x0e\x32\x15.optserve.v1.Encoding\"\xa7\x03\n\x0bSessionSpec\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12-\n\nparameters\x18\x02 \x03(\x0b\x32\x19.optserve.v1.TensorHeader\x12)\n\toptimizer\x18\x03 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12+\n\x06groups\x18\x04 \x03(\x0b\x32\x1b.optserve.v1.ParameterGroup\x12.\n\tscheduler\x18\x05 \x01(\x0b\x32\x16.optserve.v1.SchedulerH\x00\x88\x01\x01\x12$\n\x04loss\x18\x06 \x01(\x0b\x32\x11.optserve.v1.LossH\x01\x88\x01\x01\x12\x0f\n\x07workers\x18\x07 \x01(\r\x12\x30\n\nnon_finite\x18\x08 \x01(\x0e\x32\x1c.optserve.v1.NonFinitePolicy\x12*\n\x06limits\x18\t \x01(\x0b\x32\x1a.optserve.v1.SessionLimits\x12\x1f\n\x04wire\x18\n \x01(\x0b\x32\x11.optserve.v1.WireB\x0c\n\n_schedulerB\x07\n\x05_loss\"&\n\tGroupRate\x12\r\n\x05group\x18\x01 \x01(\t\x12\n\n\x02lr\x18\x02 \x01(\x01\"\xee\x02\n\rSessionStatus\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.optserve.v1.SessionState\x12\r\n\x05steps\x18\x04 \x01(\x04\x12\x0e\n\x06\x65pochs\x18\x05 \x01(\x04\x12%\n\x05rates\x18\x06 \x03(\x0b\x32\x16.optserve.v1.GroupRate\x12\x11\n\toptimizer\x18\x07 \x01(\t\x12\x0f\n\x07workers\x18\x08 \x01(\r\x12\x17\n\x0fparameter_count\x18\t \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\n \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tstep_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"]\n\x07Session\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.optserve.v1.SessionStatus\x12&\n\x04spec\x18\x02 \x01(\x0b\x32\x18.optserve.v1.SessionSpec\"\xbb\x01\n\tLossPoint\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12!\n\x05split\x18\x02 \x01(\x0e\x32\x12.optserve.v1.Split\x12\r\n\x05steps\x18\x03 \x01(\x04\x12\x0e\n\x06\x65pochs\x18\x04 \x01(\x04\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12\x15\n\x08\x61\x63\x63uracy\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12(\n\x04time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x0b\n\t_accuracy*o\n\x0fNonFinitePolicy\x12!\n\x1dNON_FINITE_POLICY_UNSPECIFIED\x10\x00\x12\x1c\n\x18NON_FINITE_POLICY_REFUSE\x10\x01\x12\x1b\n\x17NON_FINITE_POLICY_ALLOW\x10\x02*\x87\x01\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12%\n!SESSION_STATE_AWAITING_PARAMETERS\x10\x01\x12\x17\n\x13SESSION_STATE_READY\x10\x02\x12\x18\n\x14SESSION_STATE_FAILED\x10\x03*E\n\x05Split\x12\x15\n\x11SPLIT_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSPLIT_TRAIN\x10\x01\x12\x14\n\x10SPLIT_VALIDATION\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19optserve/v1/session.proto\x12\x0boptserve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16optserve/v1/loss.proto\x1a\x1boptserve/v1/optimizer.proto\x1a\x1boptserve/v1/scheduler.proto\x1a\x18optserve/v1/tensor.proto\"]\n\x0eParameterGroup\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x03(\t\x12)\n\toverrides\x18\x03 \x01(\x0b\x32\x16.optserve.v1.Optimizer\"s\n\rSessionLimits\x12\x1c\n\x0floss_points_max\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fround_timeout_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x12\n\x10_loss_points_maxB\x12\n\x10_round_timeout_s\"[\n\x04Wire\x12(\n\tgradients\x18\x01 \x01(\x0e\x32\x15.optserve.v1.Encoding\x12)\n\nparameters\x18\x02 \x01(\x0e\x32\x15.optserve.v1.Encoding\"r\n\nDurability\x12)\n\x04mode\x18\x01 \x01(\x0e\x32\x1b.optserve.v1.DurabilityMode\x12\x16\n\x0esnapshot_steps\x18\x02 \x01(\x04\x12\x12\n\nsnapshot_s\x18\x03 \x01(\x01\x12\r\n\x05\x66sync\x18\x04 \x01(\x08\"\xd4\x03\n\x0bSessionSpec\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12-\n\nparameters\x18\x02 \x03(\x0b\x32\x19.optserve.v1.TensorHeader\x12)\n\toptimizer\x18\x03 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12+\n\x06groups\x18\x04 \x03(\x0b\x32\x1b.optserve.v1.ParameterGroup\x12.\n\tscheduler\x18\x05 \x01(\x0b\x32\x16.optserve.v1.SchedulerH\x00\x88\x01\x01\x12$\n\x04loss\x18\x06 \x01(\x0b\x32\x11.optserve.v1.LossH\x01\x88\x01\x01\x12\x0f\n\x07workers\x18\x07 \x01(\r\x12\x30\n\nnon_finite\x18\x08 \x01(\x0e\x32\x1c.optserve.v1.NonFinitePolicy\x12*\n\x06limits\x18\t \x01(\x0b\x32\x1a.optserve.v1.SessionLimits\x12\x1f\n\x04wire\x18\n \x01(\x0b\x32\x11.optserve.v1.Wire\x12+\n\ndurability\x18\x0b \x01(\x0b\x32\x17.optserve.v1.DurabilityB\x0c\n\n_schedulerB\x07\n\x05_loss\"&\n\tGroupRate\x12\r\n\x05group\x18\x01 \x01(\t\x12\n\n\x02lr\x18\x02 \x01(\x01\"\x85\x03\n\rSessionStatus\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.optserve.v1.SessionState\x12\r\n\x05steps\x18\x04 \x01(\x04\x12\x0e\n\x06\x65pochs\x18\x05 \x01(\x04\x12%\n\x05rates\x18\x06 \x03(\x0b\x32\x16.optserve.v1.GroupRate\x12\x11\n\toptimizer\x18\x07 \x01(\t\x12\x0f\n\x07workers\x18\x08 \x01(\r\x12\x17\n\x0fparameter_count\x18\t \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\n \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tstep_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rdurable_steps\x18\x0e \x01(\x04\"]\n\x07Session\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.optserve.v1.SessionStatus\x12&\n\x04spec\x18\x02 \x01(\x0b\x32\x18.optserve.v1.SessionSpec\"\xbb\x01\n\tLossPoint\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12!\n\x05split\x18\x02 \x01(\x0e\x32\x12.optserve.v1.Split\x12\r\n\x05steps\x18\x03 \x01(\x04\x12\x0e\n\x06\x65pochs\x18\x04 \x01(\x04\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12\x15\n\x08\x61\x63\x63uracy\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12(\n\x04time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x0b\n\t_accuracy*o\n\x0fNonFinitePolicy\x12!\n\x1dNON_FINITE_POLICY_UNSPECIFIED\x10\x00\x12\x1c\n\x18NON_FINITE_POLICY_REFUSE\x10\x01\x12\x1b\n\x17NON_FINITE_POLICY_ALLOW\x10\x02*\xbc\x01\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12%\n!SESSION_STATE_AWAITING_PARAMETERS\x10\x01\x12\x17\n\x13SESSION_STATE_READY\x10\x02\x12\x18\n\x14SESSION_STATE_FAILED\x10\x03\x12\x18\n\x14SESSION_STATE_PARKED\x10\x04\x12\x19\n\x15SESSION_STATE_DAMAGED\x10\x05*\x86\x01\n\x0e\x44urabilityMode\x12\x1f\n\x1b\x44URABILITY_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44URABILITY_MODE_NONE\x10\x01\x12\x1c\n\x18\x44URABILITY_MODE_SNAPSHOT\x10\x02\x12\x1b\n\x17\x44URABILITY_MODE_JOURNAL\x10\x03*E\n\x05Split\x12\x15\n\x11SPLIT_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSPLIT_TRAIN\x10\x01\x12\x14\n\x10SPLIT_VALIDATION\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optserve.v1.session_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NONFINITEPOLICY']._serialized_start=1608
-  _globals['_NONFINITEPOLICY']._serialized_end=1719
-  _globals['_SESSIONSTATE']._serialized_start=1722
-  _globals['_SESSIONSTATE']._serialized_end=1857
-  _globals['_SPLIT']._serialized_start=1859
-  _globals['_SPLIT']._serialized_end=1928
+  _globals['_NONFINITEPOLICY']._serialized_start=1792
+  _globals['_NONFINITEPOLICY']._serialized_end=1903
+  _globals['_SESSIONSTATE']._serialized_start=1906
+  _globals['_SESSIONSTATE']._serialized_end=2094
+  _globals['_DURABILITYMODE']._serialized_start=2097
+  _globals['_DURABILITYMODE']._serialized_end=2231
+  _globals['_SPLIT']._serialized_start=2233
+  _globals['_SPLIT']._serialized_end=2302
   _globals['_PARAMETERGROUP']._serialized_start=183
   _globals['_PARAMETERGROUP']._serialized_end=276
   _globals['_SESSIONLIMITS']._serialized_start=278
   _globals['_SESSIONLIMITS']._serialized_end=393
   _globals['_WIRE']._serialized_start=395
   _globals['_WIRE']._serialized_end=486
-  _globals['_SESSIONSPEC']._serialized_start=489
-  _globals['_SESSIONSPEC']._serialized_end=912
-  _globals['_GROUPRATE']._serialized_start=914
-  _globals['_GROUPRATE']._serialized_end=952
-  _globals['_SESSIONSTATUS']._serialized_start=955
-  _globals['_SESSIONSTATUS']._serialized_end=1321
-  _globals['_SESSION']._serialized_start=1323
-  _globals['_SESSION']._serialized_end=1416
-  _globals['_LOSSPOINT']._serialized_start=1419
-  _globals['_LOSSPOINT']._serialized_end=1606
+  _globals['_DURABILITY']._serialized_start=488
+  _globals['_DURABILITY']._serialized_end=602
+  _globals['_SESSIONSPEC']._serialized_start=605
+  _globals['_SESSIONSPEC']._serialized_end=1073
+  _globals['_GROUPRATE']._serialized_start=1075
+  _globals['_GROUPRATE']._serialized_end=1113
+  _globals['_SESSIONSTATUS']._serialized_start=1116
+  _globals['_SESSIONSTATUS']._serialized_end=1505
+  _globals['_SESSION']._serialized_start=1507
+  _globals['_SESSION']._serialized_end=1600
+  _globals['_LOSSPOINT']._serialized_start=1603
+  _globals['_LOSSPOINT']._serialized_end=1790
 # @@protoc_insertion_point(module_scope)

@@ -61,7 +61,13 @@ class _SessionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SessionS
     SESSION_STATE_READY: _SessionState.ValueType  # 2
     """The session steps."""
     SESSION_STATE_FAILED: _SessionState.ValueType  # 3
-    """A fault of the server left it half changed; it can only be deleted."""
+    """A fault of the server left it half changed; it can only be deleted. If it is durable, a restart of the server brings it
+    back as it was before that.
+    """
+    SESSION_STATE_PARKED: _SessionState.ValueType  # 4
+    """It lies on disk only, for nobody has used it for Limits.park_timeout_s. The next call that names it brings it back."""
+    SESSION_STATE_DAMAGED: _SessionState.ValueType  # 5
+    """What is on disk of it is not what was written there; it can only be deleted. Calls are refused with SESSION_DAMAGED."""
 
 class SessionState(_SessionState, metaclass=_SessionStateEnumTypeWrapper):
     """SessionState says what a session can do."""
@@ -73,8 +79,50 @@ SESSION_STATE_AWAITING_PARAMETERS: SessionState.ValueType  # 1
 SESSION_STATE_READY: SessionState.ValueType  # 2
 """The session steps."""
 SESSION_STATE_FAILED: SessionState.ValueType  # 3
-"""A fault of the server left it half changed; it can only be deleted."""
+"""A fault of the server left it half changed; it can only be deleted. If it is durable, a restart of the server brings it
+back as it was before that.
+"""
+SESSION_STATE_PARKED: SessionState.ValueType  # 4
+"""It lies on disk only, for nobody has used it for Limits.park_timeout_s. The next call that names it brings it back."""
+SESSION_STATE_DAMAGED: SessionState.ValueType  # 5
+"""What is on disk of it is not what was written there; it can only be deleted. Calls are refused with SESSION_DAMAGED."""
 Global___SessionState: _TypeAlias = SessionState  # noqa: Y015
+
+class _DurabilityMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DurabilityModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DurabilityMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DURABILITY_MODE_UNSPECIFIED: _DurabilityMode.ValueType  # 0
+    """The same as DURABILITY_MODE_NONE."""
+    DURABILITY_MODE_NONE: _DurabilityMode.ValueType  # 1
+    """Nothing: the session is in memory only. A step costs least."""
+    DURABILITY_MODE_SNAPSHOT: _DurabilityMode.ValueType  # 2
+    """The session as it was at its last snapshot: up to snapshot_steps steps, or snapshot_s seconds, may be lost.
+    SessionStatus.durable_steps says where to go on from.
+    """
+    DURABILITY_MODE_JOURNAL: _DurabilityMode.ValueType  # 3
+    """Whatever was acknowledged: each change is written to a journal before it is made, and answered after that. It survives
+    the process, and with fsync a loss of power too.
+    """
+
+class DurabilityMode(_DurabilityMode, metaclass=_DurabilityModeEnumTypeWrapper):
+    """DurabilityMode says what survives the process of the server."""
+
+DURABILITY_MODE_UNSPECIFIED: DurabilityMode.ValueType  # 0
+"""The same as DURABILITY_MODE_NONE."""
+DURABILITY_MODE_NONE: DurabilityMode.ValueType  # 1
+"""Nothing: the session is in memory only. A step costs least."""
+DURABILITY_MODE_SNAPSHOT: DurabilityMode.ValueType  # 2
+"""The session as it was at its last snapshot: up to snapshot_steps steps, or snapshot_s seconds, may be lost.
+SessionStatus.durable_steps says where to go on from.
+"""
+DURABILITY_MODE_JOURNAL: DurabilityMode.ValueType  # 3
+"""Whatever was acknowledged: each change is written to a journal before it is made, and answered after that. It survives
+the process, and with fsync a loss of power too.
+"""
+Global___DurabilityMode: _TypeAlias = DurabilityMode  # noqa: Y015
 
 class _Split:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -214,6 +262,49 @@ class Wire(_message.Message):
 Global___Wire: _TypeAlias = Wire  # noqa: Y015
 
 @_typing.final
+class Durability(_message.Message):
+    """Durability says how much of a session may be lost. Anything but DURABILITY_MODE_NONE takes a server that has a data
+    directory; others refuse it with NO_STORAGE.
+
+    Contributions to a step that waits for other workers are in none of them: they are not acknowledged.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_STEPS_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_S_FIELD_NUMBER: _builtins.int
+    FSYNC_FIELD_NUMBER: _builtins.int
+    mode: Global___DurabilityMode.ValueType
+    """mode says what survives. Unset: nothing."""
+    snapshot_steps: _builtins.int
+    """snapshot_steps is after how many steps a snapshot is taken. In mode SNAPSHOT: what may be lost at most, beside the steps
+    that are made while a snapshot is being written. In mode JOURNAL: what a restart replays at most. Zero: the server's
+    choice, which an answer tells.
+    """
+    snapshot_s: _builtins.float
+    """snapshot_s is after how many seconds a change is in a snapshot, however few steps there are. Zero: the server's choice."""
+    fsync: _builtins.bool
+    """fsync says that what was acknowledged survives a loss of power too, for the price of waiting for the disk. For mode
+    JOURNAL only; a snapshot survives it in any case.
+    """
+    def __init__(
+        self,
+        *,
+        mode: Global___DurabilityMode.ValueType = ...,
+        snapshot_steps: _builtins.int = ...,
+        snapshot_s: _builtins.float = ...,
+        fsync: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fsync", b"fsync", "mode", b"mode", "snapshot_s", b"snapshot_s", "snapshot_steps", b"snapshot_steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Durability: _TypeAlias = Durability  # noqa: Y015
+
+@_typing.final
 class SessionSpec(_message.Message):
     """SessionSpec is what a session is made from, and, in answers, what is in force: every default filled in."""
 
@@ -229,6 +320,7 @@ class SessionSpec(_message.Message):
     NON_FINITE_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     WIRE_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
     display_name: _builtins.str
     """display_name is for people; at most Limits.name_bytes_max bytes. Empty: none."""
     workers: _builtins.int
@@ -265,6 +357,10 @@ class SessionSpec(_message.Message):
     def wire(self) -> Global___Wire:
         """wire says how gradients and parameters travel in steps. Unset: in their own data type."""
 
+    @_builtins.property
+    def durability(self) -> Global___Durability:
+        """durability says how much of the session may be lost. Unset: all of it, when the process of the server ends."""
+
     def __init__(
         self,
         *,
@@ -278,10 +374,11 @@ class SessionSpec(_message.Message):
         non_finite: Global___NonFinitePolicy.ValueType = ...,
         limits: Global___SessionLimits | None = ...,
         wire: Global___Wire | None = ...,
+        durability: Global___Durability | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_scheduler", b"_scheduler", "limits", b"limits", "loss", b"loss", "optimizer", b"optimizer", "scheduler", b"scheduler", "wire", b"wire"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_scheduler", b"_scheduler", "durability", b"durability", "limits", b"limits", "loss", b"loss", "optimizer", b"optimizer", "scheduler", b"scheduler", "wire", b"wire"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_scheduler", b"_scheduler", "display_name", b"display_name", "groups", b"groups", "limits", b"limits", "loss", b"loss", "non_finite", b"non_finite", "optimizer", b"optimizer", "parameters", b"parameters", "scheduler", b"scheduler", "wire", b"wire", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_scheduler", b"_scheduler", "display_name", b"display_name", "durability", b"durability", "groups", b"groups", "limits", b"limits", "loss", b"loss", "non_finite", b"non_finite", "optimizer", b"optimizer", "parameters", b"parameters", "scheduler", b"scheduler", "wire", b"wire", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
@@ -339,6 +436,7 @@ class SessionStatus(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     STEP_TIME_FIELD_NUMBER: _builtins.int
+    DURABLE_STEPS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """session_id names the session: 128 random bits, as 32 hexadecimal digits."""
     display_name: _builtins.str
@@ -359,6 +457,10 @@ class SessionStatus(_message.Message):
     """reserved_bytes is the memory that is reserved for the session: parameters, optimizer state and gradients."""
     device: _builtins.str
     """device the session lives on, as torch names it."""
+    durable_steps: _builtins.int
+    """durable_steps is how many steps a crash of the server now would leave: none without durability, those of the last
+    snapshot in mode SNAPSHOT, all that were answered in mode JOURNAL.
+    """
     @_builtins.property
     def rates(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupRate]:
         """rates are what the next step will use, for each group."""
@@ -387,10 +489,11 @@ class SessionStatus(_message.Message):
         device: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         step_time: _timestamp_pb2.Timestamp | None = ...,
+        durable_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "step_time", b"step_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device", b"device", "display_name", b"display_name", "epochs", b"epochs", "optimizer", b"optimizer", "parameter_count", b"parameter_count", "rates", b"rates", "reserved_bytes", b"reserved_bytes", "session_id", b"session_id", "state", b"state", "step_time", b"step_time", "steps", b"steps", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device", b"device", "display_name", b"display_name", "durable_steps", b"durable_steps", "epochs", b"epochs", "optimizer", b"optimizer", "parameter_count", b"parameter_count", "rates", b"rates", "reserved_bytes", b"reserved_bytes", "session_id", b"session_id", "state", b"state", "step_time", b"step_time", "steps", b"steps", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

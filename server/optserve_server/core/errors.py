@@ -30,6 +30,9 @@
     │   ├── ScheduleFailedError        the expression has no finite value for the next count
     │   ├── SessionFailedError         a fault of the server left the session half changed
     │   ├── SessionDeletedError
+    │   ├── SessionDamagedError        what is on disk of it is not what was written there
+    │   ├── JournalForeignError        another torch, or another device, wrote its journal
+    │   ├── NoStorageError             the server keeps sessions in memory only
     │   ├── StalledError               the client neither sent nor read in the middle of a transfer
     │   ├── StepConflictError          the step's number was used with other content
     │   ├── RequestConflictError       the request's id was used for another request
@@ -37,6 +40,7 @@
     ├── LimitError                 do what the message says
     │   ├── TooManyError
     │   ├── MemoryExhaustedError
+    │   ├── StorageExhaustedError      the disk has no room for what would make a change durable
     │   ├── RateExceededError          too many calls in too short a time
     │   └── LimitExceededError
     ├── UnauthenticatedError       the caller does not show who it is
@@ -207,6 +211,18 @@ class SessionDeletedError(SessionStateError):
     """The session was deleted while the call was going on."""
 
 
+class SessionDamagedError(SessionStateError):
+    """What is on disk of the session is not what was written there."""
+
+
+class JournalForeignError(SessionStateError):
+    """The session's journal was written with another torch, or on another device."""
+
+
+class NoStorageError(SessionStateError):
+    """The server keeps sessions in memory only."""
+
+
 class StalledError(SessionStateError):
     """The client neither sent nor read in the middle of a transfer."""
 
@@ -237,6 +253,10 @@ class MemoryExhaustedError(LimitError):
 
 class RateExceededError(LimitError):
     """Too many calls were begun in too short a time."""
+
+
+class StorageExhaustedError(LimitError):
+    """The disk has no room for what would make a change durable."""
 
 
 class LimitExceededError(LimitError):

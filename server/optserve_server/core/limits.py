@@ -22,6 +22,8 @@ class Limits:
     request_rate_max: float = 0.0  # Whoever has one tenant has nobody to be fair to.
     tenant_sessions_max: int = 0
     tenant_bytes_max: int = 0
+    journal_bytes_max: int = GIB  # A restart reads so much again; a disk does it in seconds.
+    park_timeout_s: float = 3_600.0  # An hour: whoever trains is back by then, or has gone home.
     memory_bytes_max: int = 8 * GIB
     session_bytes_max: int = 8 * GIB
     loss_bytes_max: int = GIB

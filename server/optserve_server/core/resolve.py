@@ -5,6 +5,8 @@ Fields in errors are paths from the spec: ``groups[0].name``.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +27,8 @@ from optserve_server.core.optimizers import OPTIMIZERS, OptimizerKind
 from optserve_server.core.spec import (
     DEFAULT_GROUP,
     Choice,
+    Durability,
+    DurabilityMode,
     Encoding,
     GroupSpec,
     ScheduleUnit,
@@ -33,6 +37,14 @@ from optserve_server.core.spec import (
     Wire,
 )
 from optserve_server.core.tensors import TensorSpec, dtype_name
+
+_SNAPSHOTS = {
+    # A minute's work is what people are ready to lose who do not ask for a journal.
+    DurabilityMode.SNAPSHOT: Durability(snapshot_steps=100, snapshot_s=60.0),
+    # What a restart replays: some seconds for most models, and a snapshot costs little then.
+    DurabilityMode.JOURNAL: Durability(snapshot_steps=1_000, snapshot_s=600.0),
+}
+"""How often snapshots are taken if nobody says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +77,7 @@ class SpecRequest:
     loss_points_max: int | None = None
     round_timeout_s: float | None = None
     wire: Wire = field(default_factory=Wire)
+    durability: Durability = field(default_factory=Durability)
 
 
 def resolve(request: SpecRequest, limits: Limits) -> SessionSpec:
@@ -101,6 +114,7 @@ def resolve(request: SpecRequest, limits: Limits) -> SessionSpec:
         loss_points_max=_loss_points_max(request.loss_points_max, limits),
         round_timeout_s=_round_timeout_s(request.round_timeout_s, limits),
         wire=request.wire,
+        durability=_durability(request.durability),
     )
 
 
@@ -280,3 +294,35 @@ def _round_timeout_s(own: float | None, limits: Limits) -> float:
             actual=own,
         )
     return own
+
+
+def _durability(own: Durability) -> Durability:
+    if not 0 <= own.snapshot_s < math.inf:  # Nor NaN.
+        raise InvalidFieldError(
+            "a snapshot is taken after some seconds",
+            field="durability.snapshot_s",
+            expected="0 or more, and finite",
+            actual=own.snapshot_s,
+        )
+    if own.fsync and own.mode is not DurabilityMode.JOURNAL:
+        raise InvalidFieldError(
+            f"fsync is for mode JOURNAL; the session's is {own.mode.name}",
+            field="durability.fsync",
+            expected="unset",
+            actual="true",
+        )
+    if own.mode is DurabilityMode.NONE:
+        if own != Durability():
+            raise InvalidFieldError(
+                "there are no snapshots of a session that is in memory only; choose a mode",
+                field="durability.mode",
+                expected="SNAPSHOT or JOURNAL",
+                actual="NONE",
+            )
+        return own
+    default = _SNAPSHOTS[own.mode]
+    return dataclasses.replace(
+        own,
+        snapshot_steps=own.snapshot_steps or default.snapshot_steps,
+        snapshot_s=own.snapshot_s or default.snapshot_s,
+    )

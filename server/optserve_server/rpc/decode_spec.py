@@ -18,7 +18,16 @@ from optserve_server.core.errors import (
 )
 from optserve_server.core.limits import Limits
 from optserve_server.core.resolve import GroupRequest, SpecRequest, resolve
-from optserve_server.core.spec import Choice, Encoding, ScheduleUnit, SessionSpec, Value, Wire
+from optserve_server.core.spec import (
+    Choice,
+    Durability,
+    DurabilityMode,
+    Encoding,
+    ScheduleUnit,
+    SessionSpec,
+    Value,
+    Wire,
+)
 from optserve_server.core.tensors import check_fits
 from optserve_server.rpc import decode
 from optserve_server.rpc.constraints import check_count, check_number
@@ -29,6 +38,12 @@ _UNITS: Mapping[int, ScheduleUnit] = {
     scheduler_pb2.SCHEDULE_UNIT_UNSPECIFIED: ScheduleUnit.STEPS,
     scheduler_pb2.SCHEDULE_UNIT_STEPS: ScheduleUnit.STEPS,
     scheduler_pb2.SCHEDULE_UNIT_EPOCHS: ScheduleUnit.EPOCHS,
+}
+_DURABILITY_MODES: Mapping[int, DurabilityMode] = {
+    session_pb2.DURABILITY_MODE_UNSPECIFIED: DurabilityMode.NONE,
+    session_pb2.DURABILITY_MODE_NONE: DurabilityMode.NONE,
+    session_pb2.DURABILITY_MODE_SNAPSHOT: DurabilityMode.SNAPSHOT,
+    session_pb2.DURABILITY_MODE_JOURNAL: DurabilityMode.JOURNAL,
 }
 _ENCODINGS: Mapping[int, Encoding] = {number: encoding for encoding, number in ENCODINGS.items()}
 
@@ -66,6 +81,12 @@ def session_spec(message: session_pb2.SessionSpec, limits: Limits) -> SessionSpe
         wire=Wire(
             gradients=decode.enum(_ENCODINGS, message.wire.gradients, "spec.wire.gradients"),
             parameters=decode.enum(_ENCODINGS, message.wire.parameters, "spec.wire.parameters"),
+        ),
+        durability=Durability(
+            mode=decode.enum(_DURABILITY_MODES, message.durability.mode, "spec.durability.mode"),
+            snapshot_steps=message.durability.snapshot_steps,
+            snapshot_s=message.durability.snapshot_s,
+            fsync=message.durability.fsync,
         ),
     )
     with within("spec"):
