@@ -133,9 +133,8 @@ def _token(context: _Context) -> str:
 def _certified(context: _Context) -> str:
     """Return whom the client's certificate names: its common name, or else its only other one."""
     facts = context.auth_context()
-    names = list(facts.get("x509_common_name", ())) or list(
-        facts.get("x509_subject_alternative_name", ())
-    )
+    names = list(filter(None, facts.get("x509_common_name", ())))
+    names = names or list(facts.get("x509_subject_alternative_name", ()))
     name = names[0].decode(errors="replace") if len(names) == 1 else ""
     if not is_tenant(name):
         raise UnauthenticatedError(
