@@ -23,7 +23,7 @@ def main() -> int:
     """Run the server until it is told to stop; return the exit code."""
     try:
         settings = config.load(sys.argv[1:], os.environ)
-    except (ValidationError, config.SettingsFileError) as error:
+    except (ValidationError, config.SettingsError) as error:
         sys.stderr.write(f"optserve-server: {_told(error)}\n")
         return EXIT_SETTINGS
     logs.configure(settings.log_format, settings.log_level)

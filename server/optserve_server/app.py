@@ -23,6 +23,7 @@ from optserve_server.core.device import Device
 from optserve_server.core.optimizers import OPTIMIZERS
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.surroundings import Overlap, Surroundings
+from optserve_server.last_resort import LastResort
 from optserve_server.rpc.access import Access
 from optserve_server.rpc.interceptor import methods_of
 from optserve_server.rpc.server import SERVICE, Server
@@ -34,6 +35,7 @@ from optserve_server.telemetry.metrics import Build, Metrics
 _LOGGER = logging.getLogger(__name__)
 _EXPIRY_INTERVALS = 10  # How often within the idle time sessions are looked through.
 _LAME_DUCK_S = 0.25  # Calls that are on their way get an answer, not a broken connection.
+_END_GRACE_S = 3.0  # From the end of the drain, or of a second signal, to that of the process.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -174,12 +176,14 @@ def _signalled() -> asyncio.Event:
 async def _until_stopped(
     stop: asyncio.Event, server: Server, registry: SessionRegistry, config: Config
 ) -> None:
-    """Expire idle sessions until a signal comes, then drain."""
+    """Expire idle sessions until a signal comes, then drain, and see that the process ends."""
+    last_resort = LastResort()
     expiry = asyncio.create_task(_expire_idle(registry, config.idle_timeout_s))
     await stop.wait()
     expiry.cancel()
     _LOGGER.info("draining", extra={"timeout_s": config.drain_timeout_s})
     hurry = _signalled()
+    last_resort.end_within(config.drain_timeout_s + _END_GRACE_S)
     await server.announce_end()
     registry.drain()
     await asyncio.sleep(_LAME_DUCK_S)
@@ -187,6 +191,7 @@ async def _until_stopped(
     hurrying = asyncio.create_task(hurry.wait())
     await asyncio.wait((stopping, hurrying), return_when=asyncio.FIRST_COMPLETED)
     if not stopping.done():
+        last_resort.end_within(_END_GRACE_S)
         await server.stop(0)
     await stopping
     hurrying.cancel()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import ipaddress
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from optserve.limits import MESSAGE_HEADROOM_BYTES
 from optserve_server.core.limits import Limits
 
 ENVIRONMENT_PREFIX = "OPTSERVE_"
+_NEAR = 0.8  # Of 1 for the same: some letters more, or less, or others.
 _LIMITS = Limits()  # The defaults, with the reasons for them.
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -97,9 +99,9 @@ class Config(BaseSettings):
 
     device: str = "auto"
     """Where sessions live: cpu, cuda, cuda:INDEX, or auto for a CUDA device if there is one."""
-    threads: Count = 4
+    threads: Annotated[int, Field(ge=1, le=256)] = 4
     """How many sessions may compute at the same time."""
-    torch_threads: Annotated[int, Field(ge=0)] = 0
+    torch_threads: Annotated[int, Field(ge=0, le=256)] = 0
     """How many cores torch uses for one operation; 0 leaves it to torch."""
     shared_memory: bool = True
     """Whether clients of the same user on this host may have tensors in memory that they share."""
@@ -252,8 +254,16 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class SettingsFileError(Exception):
-    """The settings file cannot be read; the message says why."""
+class SettingsError(Exception):
+    """The settings cannot be read; the message says why."""
+
+
+class SettingsFileError(SettingsError):
+    """The settings file cannot be read."""
+
+
+class MisspeltVariableError(SettingsError):
+    """A variable of the environment has nearly the name of a setting."""
 
 
 def load(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
@@ -266,18 +276,35 @@ def load(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
     Raises:
         pydantic.ValidationError: A setting is not allowed.
         SettingsFileError: The file cannot be read, or is no TOML.
+        MisspeltVariableError: A setting in the environment would have no effect.
         SystemExit: The command line asks for help, or is wrong; it has been said on the terminal.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", default=environment.get(ENVIRONMENT_PREFIX + "CONFIG"))
     path = finder.parse_known_args(arguments)[0].config
     _check_file(path)
+    _check_names(environment)
 
     class _Config(Config):
         __doc__ = Config.__doc__
         model_config = SettingsConfigDict(toml_file=path, cli_parse_args=list(arguments))
 
     return _Config()
+
+
+def _check_names(environment: Mapping[str, str]) -> None:
+    """Pydantic passes over variables that it does not know.
+
+    Those that are near to none of ours may be anybody's: Kubernetes sets some for each service.
+    """
+    for variable in environment:
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if not variable.startswith(ENVIRONMENT_PREFIX) or name in Config.model_fields:
+            continue
+        nearest = difflib.get_close_matches(name, Config.model_fields, 1, _NEAR)
+        if nearest:
+            meant = ENVIRONMENT_PREFIX + nearest[0].upper()
+            raise MisspeltVariableError(f"{variable} is no setting; {meant} is one")
 
 
 def _check_file(path: str | None) -> None:

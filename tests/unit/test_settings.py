@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from optserve_server.config import Config, SettingsFileError, load
+from optserve_server.config import Config, MisspeltVariableError, SettingsFileError, load
 
 DEFAULT = Config.model_fields["sessions_max"].default
 FLAG, ENVIRONMENT, FILE = 1, 2, 3
@@ -62,6 +62,7 @@ def test_sizes_may_have_units() -> None:
         pytest.param("sesions_max = 3", id="misspelt-name"),
         pytest.param("sessions_max = 0", id="too-small"),
         pytest.param('port = "many"', id="no-number"),
+        pytest.param("torch_threads = 1000000", id="too-many-threads"),
         pytest.param("idle_timeout_s = nan", id="nan"),
     ],
 )
@@ -76,6 +77,28 @@ def test_an_unreadable_file_is_refused(content: str | None, file: Path) -> None:
     file.unlink() if content is None else file.write_text(content)
     with pytest.raises(SettingsFileError, match=str(file)):
         load(["--config", str(file)], {})
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("OPTSERVE_SESIONS_MAX", "OPTSERVE_SESSIONS_MAX"),
+        ("OPTSERVE_SESSION_MAX", "OPTSERVE_SESSIONS_MAX"),
+        ("OPTSERVE_DRAIN_TIMEOUT", "OPTSERVE_DRAIN_TIMEOUT_S"),
+        ("OPTSERVE_MEMORY_BYTE_MAX", "OPTSERVE_MEMORY_BYTES_MAX"),
+    ],
+)
+def test_a_misspelt_variable_is_refused_with_what_was_meant(variable: str, meant: str) -> None:
+    with pytest.raises(MisspeltVariableError, match=f"{variable} is no setting; {meant} is one"):
+        load([], {variable: "3"})
+
+
+def test_a_variable_of_somebody_else_is_left_alone() -> None:
+    kubernetes = [
+        *("OPTSERVE_SERVICE_HOST", "OPTSERVE_SERVICE_PORT", "OPTSERVE_SERVICE_PORT_GRPC"),
+        *("OPTSERVE_PORT_50051_TCP", "OPTSERVE_PORT_50051_TCP_ADDR", "OPTSERVE_PORT_9464_TCP_PORT"),
+    ]
+    load([], dict.fromkeys([*kubernetes, "SESIONS_MAX", "OPTSERVE_FAILPOINTS"], "x"))
 
 
 def test_server_says_what_is_wrong_and_ends() -> None:
