@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "optserve_client": (
         *("optserve", "optserve_client"),
         *("grpc", *_PROTOBUF, *_RICH_ERRORS),
-        *("numpy", "rich"),
+        *("ml_dtypes", "numpy", "rich", "xxhash"),
     ),
     "optserve_client._mirror": ("optserve_client", "numpy", "torch"),
     "optserve_client.torch": ("optserve", "optserve_client", "numpy", "torch"),
@@ -31,6 +31,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "torch",
     ),
     "optserve_server.rpc.issued": ("optserve_server.core", "optserve_server.rpc", "jwt"),
+    "optserve_server.storage": (
+        *("optserve_server.core.storage", "optserve_server.core.tensors"),
+        *("optserve_server.storage", "torch", "xxhash"),
+    ),
     "optserve_server.telemetry": (
         *("optserve_server.core.events", "optserve_server.telemetry"),
         "prometheus_client",

@@ -1,0 +1,85 @@
+"""The safetensors format: https://github.com/huggingface/safetensors, readable in any language.
+
+Written here piece by piece, with no copy of the tensors, and through the disk that storage is
+given; the library takes a path, or makes one string of everything. Tests hold it to the library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from optserve_server.core.storage import DamagedError
+from optserve_server.core.tensors import byte_view
+from optserve_server.storage import tensors as types
+
+_LENGTH = struct.Struct("<Q")
+_HEADER_ALIGNMENT = 8  # What the format asks for, padded with spaces.
+
+
+def encode_tensors(tensors: Mapping[str, Tensor]) -> list[memoryview | bytes]:
+    """Return the file's bytes as pieces to be written one behind the other; tensors are views.
+
+    Larger elements come first, so that each tensor is aligned to its own.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": types.NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    return [_LENGTH.pack(len(text)) + text, *(byte_view(tensor) for _, tensor in ordered)]
+
+
+def decode_tensors(path: str, data: Tensor) -> dict[str, Tensor]:
+    """Return the tensors in a file's bytes, as views of them.
+
+    Raises:
+        DamagedError: It is no such file, or not one that encode_tensors() has written.
+    """
+    view = byte_view(data)
+    if len(view) < _LENGTH.size:
+        raise DamagedError(path, 0, "it ends in its header")
+    (length,) = _LENGTH.unpack_from(view)
+    begin = _LENGTH.size + length
+    if begin > len(view):
+        raise DamagedError(path, 0, "it ends in its header")
+    try:
+        header = json.loads(bytes(view[_LENGTH.size : begin]))
+    except (ValueError, RecursionError):
+        raise DamagedError(path, _LENGTH.size, "the header is no JSON") from None
+    if not isinstance(header, dict):
+        raise DamagedError(path, _LENGTH.size, "the header is no object")
+    tensors = {}
+    end = begin
+    for name, entry in header.items():
+        try:
+            tensor, end = _tensor(data, begin, end, entry)
+        except (KeyError, OverflowError, RuntimeError, TypeError, ValueError):
+            raise DamagedError(path, _LENGTH.size, f"tensor {name!r} is none") from None
+        tensors[name] = tensor
+    if end != len(view):
+        raise DamagedError(path, end, "there is more than the tensors")
+    return tensors
+
+
+def _tensor(data: Tensor, origin: int, begin: int, entry: Any) -> tuple[Tensor, int]:  # noqa: ANN401 It is what JSON gave.
+    """Return the tensor that begins at ``begin``, and where it ends."""
+    dtype = types.BY_NAME[entry["dtype"]]
+    shape = tuple(int(each) for each in entry["shape"])
+    end = begin + math.prod(shape) * dtype.itemsize
+    offsets = [begin - origin, end - origin]
+    if entry["data_offsets"] != offsets or min(shape, default=0) < 0 or end > len(data):
+        raise ValueError(offsets)
+    return data[begin:end].view(dtype).reshape(shape), end

@@ -1,0 +1,165 @@
+"""A snapshot on disk: a directory with the tensors, and a manifest that says what they must be.
+
+    tensors.safetensors   absent if there are none
+    manifest.json         sequence, facts, origin, size and checksum of the tensors
+
+It is written under another name, synced, and renamed: a snapshot that has its name is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+from torch import Tensor
+
+from optserve_server.core.storage import DamagedError, Json, Origin, Snapshot
+from optserve_server.core.tensors import byte_view
+from optserve_server.storage import tensors as types
+from optserve_server.storage.disk import Disk, File, read_file
+from optserve_server.storage.document import decode_document, encode_document
+from optserve_server.storage.safetensors import decode_tensors, encode_tensors
+
+MANIFEST = "manifest.json"
+TENSORS = "tensors.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a snapshot says of itself."""
+
+    sequence: int
+    origin: Origin
+    owner: Mapping[str, Json]
+    """Whose it is: what the catalogue shall say, of a session or of a checkpoint."""
+    facts: Mapping[str, Json]
+    """The snapshot's own; see Snapshot.facts."""
+    tensors_bytes: int | None
+    """Size of the file of tensors. None: there is no such file."""
+    tensors_checksum: str
+    """XXH3, 128 bits, of that file."""
+
+
+def write_snapshot(
+    disk: Disk, path: str, snapshot: Snapshot, origin: Origin, owner: Mapping[str, Json]
+) -> int:
+    """Write a snapshot into the directory ``path``, which must not be there, and sync it.
+
+    The directory's own name is the caller's to sync.
+
+    Returns:
+        How many bytes it has.
+    """
+    disk.make_directory(path)
+    files: list[File] = []
+    try:
+        tensors_bytes, checksum = None, ""
+        if snapshot.tensors:
+            pieces = encode_tensors(snapshot.tensors)
+            tensors_bytes = sum(len(piece) for piece in pieces)
+            hasher = xxhash.xxh3_128()
+            for piece in pieces:
+                hasher.update(piece)
+            checksum = hasher.hexdigest()
+            files.append(disk.create(f"{path}/{TENSORS}"))
+            files[-1].write_at(0, pieces)
+        text = encode_document(
+            {
+                "sequence": snapshot.sequence,
+                "origin": {"torch": origin.torch, "device": origin.device},
+                "owner": owner,
+                "facts": snapshot.facts,
+                "tensors": {"bytes": tensors_bytes, "xxh3_128": checksum},
+            }
+        )
+        files.append(disk.create(f"{path}/{MANIFEST}"))
+        files[-1].write_at(0, [text])
+        for error in disk.sync_files(files).values():
+            raise error
+    finally:
+        for file in files:
+            file.close()
+    disk.sync_directory(path)
+    return (tensors_bytes or 0) + len(text)
+
+
+def decode_manifest(path: str, data: bytes) -> Manifest:
+    """Return what a manifest says.
+
+    Raises:
+        DamagedError: It is not what was written.
+        StorageVersionError: A newer server wrote it.
+    """
+    content = decode_document(path, data)
+    try:
+        return Manifest(
+            sequence=_whole(content["sequence"]),
+            origin=Origin(
+                torch=str(content["origin"]["torch"]), device=str(content["origin"]["device"])
+            ),
+            owner=dict(content["owner"]),
+            facts=dict(content["facts"]),
+            tensors_bytes=(
+                None if content["tensors"]["bytes"] is None else _whole(content["tensors"]["bytes"])
+            ),
+            tensors_checksum=str(content["tensors"]["xxh3_128"]),
+        )
+    except (KeyError, TypeError, ValueError):
+        raise DamagedError(path, 0, "it lacks something") from None
+
+
+def read_manifest(disk: Disk, path: str) -> Manifest:
+    """Return what the snapshot in the directory ``path`` says of itself.
+
+    Raises:
+        DamagedError: It is not what was written, or is not there.
+        StorageVersionError: A newer server wrote it.
+    """
+    name = f"{path}/{MANIFEST}"
+    try:
+        return decode_manifest(name, read_file(disk, name))
+    except FileNotFoundError:
+        raise DamagedError(name, 0, "it is missing") from None
+
+
+def read_snapshot(disk: Disk, path: str) -> tuple[Manifest, Snapshot]:
+    """Return the snapshot in the directory ``path``; its tensors share one piece of memory.
+
+    Raises:
+        DamagedError: It is not what was written.
+        StorageVersionError: A newer server wrote it.
+    """
+    manifest = read_manifest(disk, path)
+    tensors: Mapping[str, Tensor] = {}
+    if manifest.tensors_bytes is not None:
+        name = f"{path}/{TENSORS}"
+        data = _read_tensors(disk, name, manifest.tensors_bytes)
+        if xxhash.xxh3_128_hexdigest(byte_view(data)) != manifest.tensors_checksum:
+            raise DamagedError(name, 0, "it is not what was written")
+        tensors = decode_tensors(name, data)
+    return manifest, Snapshot(sequence=manifest.sequence, facts=manifest.facts, tensors=tensors)
+
+
+def _read_tensors(disk: Disk, path: str, byte_count: int) -> Tensor:
+    try:
+        file = disk.open(path)
+    except FileNotFoundError:
+        raise DamagedError(path, 0, "it is missing") from None
+    try:
+        size = file.size()
+        if size != byte_count:  # Before any memory is taken for it.
+            what = f"it has {size} bytes; {byte_count} were written"
+            raise DamagedError(path, min(size, byte_count), what)
+        data = types.aligned_bytes(byte_count)
+        file.read_at(0, byte_view(data))
+        return data
+    finally:
+        file.close()
+
+
+def _whole(value: Any) -> int:  # noqa: ANN401 It is what JSON gave.
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(value)
+    return value
