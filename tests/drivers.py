@@ -123,14 +123,26 @@ def take(worker: Worker, step: int, gradients: Tensors, digest: bytes = b"") -> 
     return worker.start(step, gradients, digest).result(TIMEOUT_S)
 
 
+def wait_for_contribution(
+    driver: Driver, session_id: str, wanted: pb.Contribution, worker: int = 0
+) -> None:
+    """Wait until the server has taken a worker's contribution."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while (seen := driver.contribution(session_id, worker).contribution) != wanted:
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.002)
+
+
 @contextmanager
-def reopened(driver: Driver, session_id: str, worker: int = 0) -> Iterator[Worker]:
+def reopened(
+    driver: Driver, session_id: str, worker: int = 0, client_id: bytes = b""
+) -> Iterator[Worker]:
     """Open a worker's stream once the server has seen that the last one is gone."""
     deadline = time.monotonic() + TIMEOUT_S
     with ExitStack() as stack:
         while True:
             try:
-                opened = stack.enter_context(driver.worker(session_id, worker))
+                opened = stack.enter_context(driver.worker(session_id, worker, client_id))
                 break
             except RefusedError as error:
                 if error.reason != "WORKER_BUSY" or time.monotonic() > deadline:
