@@ -26,6 +26,7 @@ from optserve.encodings import encoded_bytes
 from optserve.limits import CHUNK_BYTES_MAX
 from optserve.v1.tensor_pb2 import Encoding
 from optserve.wire import Buffer, Source, Target
+from optserve_client._digest import StepDigest
 from optserve_client._encoded import GradientSources, parameter_targets
 from optserve_server.core.spec import Encoding as CoreEncoding
 from optserve_server.rpc.encoded import GradientTargets, ParameterSources
@@ -98,7 +99,7 @@ def _ways(encoding: Encoding.ValueType, values: NDArray[np.float32]) -> list[flo
     message = memoryview(bytearray(4 * ELEMENTS))
     times: list[list[float]] = [[], [], [], []]
     for step in range(1, ROUNDS + 3):
-        (source,) = gradients.of(step, ["w"], [values.view(np.uint8).data])
+        (source,) = gradients.of(step, StepDigest(["w"]), ["w"], [values.view(np.uint8).data])
         data = _read(source, message, times[0])
         gradients.answered(step)
         _write(targets.of([staging])[0], data, times[1])

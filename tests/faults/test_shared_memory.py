@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="memfd_create is of Linux"
 )
 
-SHM = ClientConfig(lane="shm")
+SHM = ClientConfig(lane="shm", retry=optserve_client.Retry.never())
 
 # Another client: it attaches to a session, writes half of a gradient, and says so.
 HALF_A_GRADIENT = """
@@ -153,7 +153,8 @@ def test_when_the_server_is_killed_the_client_is_told_and_keeps_what_it_has() ->
         server.process.send_signal(signal.SIGKILL)
         server.process.wait()
         buffers["w"][:] = 2
-        with pytest.raises(optserve_client.UnavailableError):
+        # The second, if the end of the connection was not noticed before the step was sent.
+        with pytest.raises((optserve_client.UnavailableError, optserve_client.StepUnknownError)):
             session.step(buffers)
         assert (parameters["w"] == 0.5).all()
         assert (buffers["w"] == 2).all()

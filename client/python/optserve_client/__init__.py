@@ -30,7 +30,7 @@ from optserve_client._spec import (
     WireEncoding,
 )
 from optserve_client.client import Client, connect
-from optserve_client.config import ClientConfig, Lane
+from optserve_client.config import ClientConfig, Lane, Retry, Tls, Token
 from optserve_client.errors import (
     ClosedError,
     DataTypeMismatchError,
@@ -67,6 +67,8 @@ from optserve_client.errors import (
     StalledError,
     StepConflictError,
     StepOutOfOrderError,
+    StepsLostError,
+    StepUnknownError,
     TargetOutOfRangeError,
     UnauthenticatedError,
     UnavailableError,
@@ -75,6 +77,7 @@ from optserve_client.errors import (
 )
 from optserve_client.progress import ProgressCallback, TransferProgress
 from optserve_client.results import (
+    Contribution,
     LossHistory,
     LossPoint,
     LossResult,
@@ -92,6 +95,7 @@ __all__ = [
     "Client",
     "ClientConfig",
     "ClosedError",
+    "Contribution",
     "DataTypeMismatchError",
     "DeadlineError",
     "EpochEmptyError",
@@ -120,6 +124,7 @@ __all__ = [
     "ProtocolError",
     "RequestConflictError",
     "RequestError",
+    "Retry",
     "RoundTimeoutError",
     "ScheduleFailedError",
     "ScheduleUnit",
@@ -139,7 +144,11 @@ __all__ = [
     "StepConflictError",
     "StepOutOfOrderError",
     "StepResult",
+    "StepUnknownError",
+    "StepsLostError",
     "TargetOutOfRangeError",
+    "Tls",
+    "Token",
     "TransferProgress",
     "UnauthenticatedError",
     "UnavailableError",

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import grpc
 from google.protobuf.message import Message
 
-from optserve_client._channel import CLOSE_TIMEOUT_S
-from optserve_client._effects import Ask, Collect, Effect, Operation, Train
+from optserve_client._channel import CLOSE_TIMEOUT_S, Line
+from optserve_client._effects import Ask, Collect, Converse, Effect, Open, Operation, Pause
 from optserve_client._ending import Ending
-from optserve_client._exchange import TrainAnswer, TrainEvent, TrainExchange
+from optserve_client._exchange import Opening, TrainAnswer, TrainEvent, TrainExchange
 from optserve_client._refusals import CallSite, deadline_error, from_grpc
 from optserve_client.errors import ClosedError, ProtocolError
 
@@ -26,10 +26,10 @@ _Result = TypeVar("_Result")
 class AsyncDriver:
     """Performs operations, and owns the one long-lived stream of a worker."""
 
-    def __init__(self, stub: OptimizerServiceAsyncStub, target: str) -> None:
-        self._stub = stub
-        self._target = target
+    def __init__(self, line: Line[OptimizerServiceAsyncStub]) -> None:
+        self._line = line
         self._stream: _TrainStream | None = None
+        self._stopped = asyncio.Event()
         self._closed = False
 
     @property
@@ -45,11 +45,12 @@ class AsyncDriver:
         """
         if self._closed:
             raise ClosedError("this client or session has been closed")
+        stopped = self._stopped
         try:
             effect = next(operation)
             while True:
                 try:
-                    answer = await self._perform(effect)
+                    answer = await self._perform(effect, stopped)
                 # Of any kind: an operation cleans up after cancellation, too.
                 except BaseException as error:  # noqa: BLE001
                     effect = operation.throw(error)
@@ -60,8 +61,13 @@ class AsyncDriver:
             return result
 
     async def end_stream(self) -> None:
-        """Half-close the worker's stream, and wait a little for the server to end it."""
+        """Half-close the worker's stream, and wait a little for the server to end it.
+
+        What another task waits to try again comes to its end as well.
+        """
         stream, self._stream = self._stream, None
+        stopped, self._stopped = self._stopped, asyncio.Event()
+        stopped.set()
         if stream is not None:
             await stream.end()
 
@@ -70,21 +76,29 @@ class AsyncDriver:
         self._closed = True
         await self.end_stream()
 
-    async def _perform(self, effect: Effect) -> Message | None:
+    async def _perform(self, effect: Effect, stopped: asyncio.Event) -> Message | None:
         try:
-            if isinstance(effect, Train):
-                await self._train(effect)
-                return None
-            return await self._call(effect)
+            match effect:
+                case Converse():
+                    await self._converse(effect.exchange, effect.timeout_s)
+                case Open():
+                    await self._open(effect.opening, effect.timeout_s)
+                case Pause():
+                    await _pause(effect.seconds, stopped)
+                case _:
+                    return await self._call(effect)
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if self._closed and task is not None and not task.cancelling():
                 # Not the task was cancelled, but the call under it, when another task closed us.
                 raise ClosedError("this client or session was closed during the call") from error
             raise
+        return None
 
     async def _call(self, effect: Ask | Collect) -> Message | None:
-        call = getattr(self._stub, effect.rpc)(effect.request, timeout=effect.timeout_s)
+        line = self._line
+        rpc = getattr(line.stub, effect.rpc)
+        call = rpc(effect.request, timeout=effect.timeout_s, metadata=line.metadata())
         ending = Ending(call)
         try:
             if isinstance(effect, Collect):
@@ -93,36 +107,39 @@ class AsyncDriver:
                 return None
             answer: Message = await call
         except grpc.RpcError as error:
-            site = CallSite(rpc=effect.rpc, target=self._target, timeout_s=effect.timeout_s)
+            site = CallSite(rpc=effect.rpc, target=line.target, timeout_s=effect.timeout_s)
             raise from_grpc(await ending.reason(error), site) from error
         except BaseException:
             call.cancel()
             raise
         return answer
 
-    async def _train(self, effect: Train) -> None:
+    async def _open(self, opening: Opening, timeout_s: float) -> None:
+        if self._stream is None or not self._stream.is_active():
+            self._stream = _TrainStream(self._line)
+            await self._converse(opening, timeout_s)
+
+    async def _converse(self, exchange: TrainExchange, timeout_s: float) -> None:
+        stream = self._stream
+        if stream is None:
+            raise ClosedError("this client or session was closed during the call")
         try:
-            if self._stream is None or not self._stream.is_active():
-                self._stream = _TrainStream(self._stub, self._target)
-                await self._stream.converse(effect.opening, effect.timeout_s)
-            if effect.exchange is not None:
-                await self._stream.converse(effect.exchange, effect.timeout_s)
+            await stream.converse(exchange, timeout_s)
         except BaseException:
             # Nobody knows what is still under way on it; the next step opens another one.
-            stream, self._stream = self._stream, None
-            if stream is not None:
-                stream.close()
+            self._stream = None
+            stream.close()
             raise
 
 
 class _TrainStream:
     """The stream of one worker's steps."""
 
-    def __init__(self, stub: OptimizerServiceAsyncStub, target: str) -> None:
-        self._target = target
+    def __init__(self, line: Line[OptimizerServiceAsyncStub]) -> None:
+        self._target = line.target
         # As the channel has it: see stub_of.
-        train = cast("grpc.aio.StreamStreamMultiCallable[TrainEvent, TrainAnswer]", stub.Train)
-        self._call = train()
+        train = cast("grpc.aio.StreamStreamMultiCallable[TrainEvent, TrainAnswer]", line.stub.Train)
+        self._call = train(metadata=line.metadata())
         self._ending = Ending(self._call)
         self._conversing = False
 
@@ -181,3 +198,10 @@ class _TrainStream:
         # If the stream has ended, reading says why.
         with suppress(grpc.RpcError, asyncio.InvalidStateError):
             await self._call.write(request)
+
+
+async def _pause(seconds: float, stopped: asyncio.Event) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await stopped.wait()
+        raise ClosedError("this client or session was closed during the call")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import queue
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Protocol, TypeAlias, TypeVar, cast
 
@@ -12,9 +13,18 @@ import grpc
 from google.protobuf.message import Message
 
 from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
-from optserve_client._channel import CLOSE_TIMEOUT_S
-from optserve_client._effects import Collect, Effect, Event, Operation, Train
-from optserve_client._exchange import TrainAnswer, TrainEvent, TrainExchange
+from optserve_client._channel import CLOSE_TIMEOUT_S, Line
+from optserve_client._effects import (
+    Ask,
+    Collect,
+    Converse,
+    Effect,
+    Event,
+    Open,
+    Operation,
+    Pause,
+)
+from optserve_client._exchange import Opening, TrainAnswer, TrainEvent, TrainExchange
 from optserve_client._feed import FeedClosedError
 from optserve_client._refusals import CallSite, deadline_error, from_grpc
 from optserve_client._watchdog import Watchdog
@@ -28,11 +38,11 @@ _Outbox: TypeAlias = queue.SimpleQueue[Iterator[TrainEvent] | None]
 class BlockingDriver:
     """Performs operations, and owns the one long-lived stream of a worker."""
 
-    def __init__(self, stub: OptimizerServiceStub, target: str, watchdog: Watchdog) -> None:
-        self._stub = stub
-        self._target = target
+    def __init__(self, line: Line[OptimizerServiceStub], watchdog: Watchdog) -> None:
+        self._line = line
         self._watchdog = watchdog
         self._stream: _TrainStream | None = None
+        self._stopped = threading.Event()
         self._closed = False
 
     @property
@@ -48,11 +58,12 @@ class BlockingDriver:
         """
         if self._closed:
             raise ClosedError("this client or session has been closed")
+        stopped = self._stopped
         try:
             effect = next(operation)
             while True:
                 try:
-                    answer = self._perform(effect)
+                    answer = self._perform(effect, stopped)
                 # Of any kind: an operation cleans up after interrupts, too.
                 except BaseException as error:  # noqa: BLE001
                     effect = operation.throw(error)
@@ -63,8 +74,13 @@ class BlockingDriver:
             return result
 
     def end_stream(self) -> None:
-        """Half-close the worker's stream, and wait a little for the server to end it."""
+        """Half-close the worker's stream, and wait a little for the server to end it.
+
+        What another thread waits to try again comes to its end as well.
+        """
         stream, self._stream = self._stream, None
+        stopped, self._stopped = self._stopped, threading.Event()
+        stopped.set()
         if stream is not None:
             with self._watchdog.limit(CLOSE_TIMEOUT_S, stream.close):
                 stream.end()
@@ -74,35 +90,51 @@ class BlockingDriver:
         self._closed = True
         self.end_stream()
 
-    def _perform(self, effect: Effect) -> Message | None:
-        if isinstance(effect, Train):
-            self._train(effect)
-            return None
-        site = CallSite(rpc=effect.rpc, target=self._target, timeout_s=effect.timeout_s)
-        rpc = getattr(self._stub, effect.rpc)
+    def _perform(self, effect: Effect, stopped: threading.Event) -> Message | None:
+        match effect:
+            case Converse():
+                self._converse(effect.exchange, effect.timeout_s)
+            case Open():
+                self._open(effect.opening, effect.timeout_s)
+            case Pause():
+                if stopped.wait(effect.seconds):
+                    raise ClosedError("this client or session was closed during the call")
+            case _:
+                return self._call(effect)
+        return None
+
+    def _call(self, effect: Ask | Collect) -> Message | None:
+        line = self._line
+        rpc = getattr(line.stub, effect.rpc)
+        options = {"timeout": effect.timeout_s, "metadata": line.metadata()}
         try:
             if isinstance(effect, Collect):
-                _collect(rpc, effect)
+                _collect(rpc(effect.request, **options), effect)
                 return None
             if isinstance(effect.request, Message):
-                answer: Message = rpc(effect.request, timeout=effect.timeout_s)
+                answer: Message = rpc(effect.request, **options)
                 return answer
-            return _ask_stream(rpc, effect.request, effect.timeout_s)
+            # A plain call could not be cancelled.
+            return _result(rpc.future(effect.request, **options))
         except grpc.RpcError as error:
+            site = CallSite(rpc=effect.rpc, target=line.target, timeout_s=effect.timeout_s)
             raise from_grpc(error, site) from error
 
-    def _train(self, effect: Train) -> None:
+    def _open(self, opening: Opening, timeout_s: float) -> None:
+        if self._stream is None or not self._stream.is_active():
+            self._stream = _TrainStream(self._line, self._watchdog)
+            self._converse(opening, timeout_s)
+
+    def _converse(self, exchange: TrainExchange, timeout_s: float) -> None:
+        stream = self._stream
+        if stream is None:
+            raise ClosedError("this client or session was closed during the call")
         try:
-            if self._stream is None or not self._stream.is_active():
-                self._stream = _TrainStream(self._stub, self._target, self._watchdog)
-                self._stream.converse(effect.opening, effect.timeout_s)
-            if effect.exchange is not None:
-                self._stream.converse(effect.exchange, effect.timeout_s)
+            stream.converse(exchange, timeout_s)
         except BaseException:
             # Nobody knows what is still under way on it; the next step opens another one.
-            stream, self._stream = self._stream, None
-            if stream is not None:
-                stream.close()
+            self._stream = None
+            stream.close()
             raise
 
 
@@ -121,13 +153,15 @@ class _TrainStream:
     caller's thread takes the responses: both directions flow at once.
     """
 
-    def __init__(self, stub: OptimizerServiceStub, target: str, watchdog: Watchdog) -> None:
-        self._target = target
+    def __init__(self, line: Line[OptimizerServiceStub], watchdog: Watchdog) -> None:
+        self._target = line.target
         self._watchdog = watchdog
         self._outbox: _Outbox = queue.SimpleQueue()
         # As the channel has it: see stub_of.
-        train = cast("grpc.StreamStreamMultiCallable[TrainEvent, TrainAnswer]", stub.Train)
-        self._call: _AnswerStream[TrainAnswer] = train(_drain(self._outbox))
+        train = cast("grpc.StreamStreamMultiCallable[TrainEvent, TrainAnswer]", line.stub.Train)
+        self._call: _AnswerStream[TrainAnswer] = train(
+            _drain(self._outbox), metadata=line.metadata()
+        )
         self._conversing = False
         # Also when nobody closes it, at the latest when the interpreter ends: else grpc's thread
         # would wait for ever.
@@ -176,12 +210,7 @@ def _abandon(call: _AnswerStream[TrainAnswer], outbox: _Outbox) -> None:
     outbox.put(None)
 
 
-def _ask_stream(
-    rpc: grpc.StreamUnaryMultiCallable[Event, Message],
-    requests: Iterator[Event],
-    timeout_s: float,
-) -> Message:
-    call = rpc.future(requests, timeout=timeout_s)  # A plain call could not be cancelled.
+def _result(call: grpc.Future[Message]) -> Message:
     try:
         return call.result()
     except BaseException:
@@ -189,8 +218,7 @@ def _ask_stream(
         raise
 
 
-def _collect(rpc: Callable[..., _AnswerStream[Event]], effect: Collect) -> None:
-    call = rpc(effect.request, timeout=effect.timeout_s)
+def _collect(call: _AnswerStream[Event], effect: Collect) -> None:
     try:
         for response in call:
             effect.receive(response)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 import grpc
 from google.protobuf.message_factory import GetMessageClass
@@ -12,11 +14,13 @@ from optserve.codec import codec_of
 from optserve.limits import MESSAGE_BYTES_MAX
 from optserve.v1.optimizer_service_pb2 import DESCRIPTOR
 from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
+from optserve_client._credentials import Metadata
+from optserve_client.config import ClientConfig
 
 if TYPE_CHECKING:  # A name of the stubs only.
     from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceAsyncStub
 
-CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
+_OPTIONS: tuple[tuple[str, int | str], ...] = (
     # gRPC's defaults, written down: finite both ways, for whoever lifts them lifts the protection
     # against bombs too.
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -27,13 +31,41 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     # Fewer, larger reads: a chunk of 1 MiB would otherwise come in many pieces.
     ("grpc.experimental.tcp_read_chunk_size", 1 << 20),
     ("grpc.experimental.tcp_max_read_chunk_size", 4 << 20),
+    ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.primary_user_agent", f"optserve-python/{version('optserve-client')}"),
 )
 """Of every channel. Compression is off, which is gRPC's default: gradients do not compress."""
 
 CLOSE_TIMEOUT_S = 2.0  # For the server to end a stream that we have half-closed; then we cancel it.
 
+_Stub_co = TypeVar("_Stub_co", covariant=True)
+
 _SERVICE = DESCRIPTOR.services_by_name["OptimizerService"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line(Generic[_Stub_co]):
+    """A way to the server, for any number of calls."""
+
+    stub: _Stub_co
+    target: str
+    metadata: Callable[[], Metadata]
+    """Of the next call."""
+
+
+def channel_options(config: ClientConfig) -> list[tuple[str, int | str]]:
+    """Return the options of a channel."""
+    # gRPC connects again at its own pace, and until then every attempt of ours fails at once: it
+    # must not be the slower one.
+    first_ms, max_ms = (
+        max(1, round(1000 * each)) for each in (config.retry.backoff_s, config.retry.backoff_max_s)
+    )
+    return [
+        *_OPTIONS,
+        ("grpc.initial_reconnect_backoff_ms", first_ms),
+        ("grpc.max_reconnect_backoff_ms", max(first_ms, max_ms)),
+        ("grpc.keepalive_time_ms", round(1000 * config.keepalive_s)),
+    ]
 
 
 @overload

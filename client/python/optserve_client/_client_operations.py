@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from optserve.v1.session_pb2 import Session, SessionStatus
 from optserve.v1.tensor_pb2 import TensorHeader
 from optserve_client._effects import Operation, ask
 from optserve_client._exchange import INLINE_BYTES_MAX
-from optserve_client._session_operations import SessionOperations
+from optserve_client._outages import Outages
+from optserve_client._session_operations import SessionOperations, delete_session
 from optserve_client._spec import Placeholder, SpecOptions, Via, session_spec
 from optserve_client._steps import check_unary_fits
 from optserve_client._terms import Terms
@@ -44,6 +46,7 @@ def meet(target: str, config: ClientConfig, reporter: TransferReporter) -> Opera
         UnavailableError: No server answers.
     """
     request, timeout_s = pb.GetServerInfoRequest(), config.connect_timeout_s
+    outages = Outages(target, config.retry)
     try:
         info = yield from ask("GetServerInfo", request, pb.GetServerInfoResponse, timeout_s)
     except (UnavailableError, DeadlineError) as error:
@@ -54,7 +57,7 @@ def meet(target: str, config: ClientConfig, reporter: TransferReporter) -> Opera
         message = f"{problem}; start one with `optserve-server`"
         raise UnavailableError(message, code=error.code) from error
     chunk_bytes = min(config.chunk_bytes, info.limits.chunk_bytes_max)
-    return Terms(config=config, chunk_bytes=chunk_bytes, reporter=reporter)
+    return Terms(config=config, chunk_bytes=chunk_bytes, reporter=reporter, outages=outages)
 
 
 class ClientOperations:
@@ -62,7 +65,6 @@ class ClientOperations:
 
     def __init__(self, terms: Terms) -> None:
         self._terms = terms
-        self._timeout_s = terms.config.timeout_s
 
     def create_session(
         self,
@@ -91,14 +93,14 @@ class ClientOperations:
         if via == "unary":
             check_unary_fits(headers)
         valued = [header for header in headers if header.name in values]
-        request = pb.CreateSessionRequest(spec=session_spec(headers, **spec))
+        request = pb.CreateSessionRequest(
+            spec=session_spec(headers, **spec), request_id=uuid.uuid4().hex
+        )
         # Twice: each header stands in the spec, and beside its value.
         inline = 2 * request.ByteSize() + sum(len(data) for data in tensors) <= INLINE_BYTES_MAX
         if inline:
             request.values.extend(messages(valued, tensors))
-        response = yield from ask(
-            "CreateSession", request, pb.CreateSessionResponse, self._timeout_s
-        )
+        response = yield from self._terms.ask("CreateSession", request, pb.CreateSessionResponse)
         session = SessionOperations(response.session, terms=self._terms, worker=worker, via=via)
         if inline:
             session.keep(valued, tensors)
@@ -121,32 +123,28 @@ class ClientOperations:
     def get_session(self, session_id: str) -> Operation[Session]:
         """Ask for a session in full."""
         request = pb.GetSessionRequest(session_id=session_id)
-        response = yield from ask("GetSession", request, pb.GetSessionResponse, self._timeout_s)
+        response = yield from self._terms.ask("GetSession", request, pb.GetSessionResponse)
         return response.session
 
     def delete_session(self, session_id: str) -> Operation[SessionStatus]:
         """Make the server forget a session."""
-        request = pb.DeleteSessionRequest(session_id=session_id)
-        response = yield from ask(
-            "DeleteSession", request, pb.DeleteSessionResponse, self._timeout_s
-        )
-        return response.status
+        return (yield from delete_session(self._terms, session_id))
 
     def session_page(self, page_size: int, page_token: str) -> Operation[Page]:
         """Ask for the page of sessions that the token names; an empty one names the first."""
         request = pb.ListSessionsRequest(page_size=page_size, page_token=page_token)
-        response = yield from ask("ListSessions", request, pb.ListSessionsResponse, self._timeout_s)
+        response = yield from self._terms.ask("ListSessions", request, pb.ListSessionsResponse)
         return Page(sessions=response.sessions, next_page_token=response.next_page_token)
 
     def catalogue(self) -> Operation[pb.GetCatalogueResponse]:
         """Ask for everything that can be chosen."""
         request = pb.GetCatalogueRequest()
-        return (yield from ask("GetCatalogue", request, pb.GetCatalogueResponse, self._timeout_s))
+        return (yield from self._terms.ask("GetCatalogue", request, pb.GetCatalogueResponse))
 
     def server_info(self) -> Operation[pb.GetServerInfoResponse]:
         """Ask what the server is."""
         request = pb.GetServerInfoRequest()
-        return (yield from ask("GetServerInfo", request, pb.GetServerInfoResponse, self._timeout_s))
+        return (yield from self._terms.ask("GetServerInfo", request, pb.GetServerInfoResponse))
 
 
 def _upload_or_delete(
@@ -158,5 +156,5 @@ def _upload_or_delete(
         raise
     except BaseException:
         with suppress(OptserveError):
-            yield from session.delete()
+            yield from session.delete(persist=False)
         raise

@@ -46,21 +46,33 @@ class Collect:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Train:
-    """Hold ``exchange`` on the worker's long-lived stream.
-
-    If it is not open, it is opened with ``opening``. Whatever is thrown into the operation has
-    ended it.
-    """
+class Open:
+    """See to it that the worker's long-lived stream is open: if it is not, open it."""
 
     opening: Opening
-    exchange: TrainExchange | None
-    """None: only see to it that the stream is open."""
+    """Has the answer, if the stream was opened with it."""
     timeout_s: float
-    """For each of the two."""
 
 
-Effect: TypeAlias = Ask | Collect | Train
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Converse:
+    """Hold ``exchange`` on the worker's stream, as it was opened last.
+
+    Whatever is thrown into the operation has ended it.
+    """
+
+    exchange: TrainExchange
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pause:
+    """Do nothing for a while."""
+
+    seconds: float
+
+
+Effect: TypeAlias = Ask | Collect | Open | Converse | Pause
 
 Operation: TypeAlias = Generator[Effect, Message | None, _Result]
 """Yields effects, is sent the answer of an Ask and None otherwise, and returns the result."""

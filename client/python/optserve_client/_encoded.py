@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+from xxhash import xxh3_128
 
 from optserve.encodings import PIECE_ELEMENTS, DecodingTarget, EncodingSource
 from optserve.v1.tensor_pb2 import Encoding
 from optserve.wire import Buffer, Source, Target
+from optserve_client._digest import DigestedBuffer, StepDigest
 from optserve_client._encodings import CODECS, Codec, Floats, Int8Blocks
 from optserve_client.errors import ProtocolError
 from optserve_client.tensors import Array
@@ -35,33 +37,42 @@ class GradientSources:
         self._step = 0  # The one that is under way.
         self._applied = 0  # The last one of which what it rounded away is kept.
 
-    def of(self, step: int, names: Sequence[str], gradients: Sequence[memoryview]) -> list[Source]:
+    def of(
+        self,
+        step: int,
+        digest: StepDigest,
+        names: Sequence[str],
+        gradients: Sequence[memoryview],
+    ) -> list[Source]:
         """Return the sources of a step's gradients, to be read once, from the front.
 
         Args:
             step: Its number.
+            digest: Takes the gradients while they are read.
             names: Of the parameters that have one.
             gradients: Their bytes, in the parameters' own data type. Must not change until the step
                 is over.
         """
-        source_of = self.begin(step)
+        source_of = self.begin(step, digest)
         return [source_of(*each) for each in zip(names, gradients, strict=True)]
 
-    def begin(self, step: int) -> Callable[[str, memoryview], Source]:
+    def begin(self, step: int, digest: StepDigest) -> Callable[[str, memoryview], Source]:
         """Return what gives the source of each of a step's gradients, in any order; see ``of``.
 
         For one thread at a time.
         """
         if self._encoding == PLAIN:
-            return lambda _name, gradient: Buffer(gradient)
+            return lambda name, gradient: DigestedBuffer(gradient, digest.part(name))
         if self._encoding == INT8_BLOCKS and step > self._applied:
             if self._step < step:  # The one before was applied, or this one could not be taken.
                 self.answered(self._step)
             # A step that failed may still be read by its stream's thread: it keeps its own memory.
             self._step, self._next = step, {}
-            return partial(self._compensated, _Feedback(), self._next)
+            return partial(self._compensated, _Feedback(), self._next, digest)
         codec = CODECS[self._encoding]()
-        return lambda _name, gradient: _source(self._encoding, codec, _floats(gradient))
+        return lambda name, gradient: _source(
+            self._encoding, codec, _floats(gradient), digest.part(name)
+        )
 
     def answered(self, step: int) -> None:
         """Keep what the step has rounded away, for the next one."""
@@ -74,9 +85,14 @@ class GradientSources:
         self._next, self._applied = {}, step
 
     def _compensated(
-        self, sender: _Feedback, following: dict[str, Floats], name: str, data: memoryview
+        self,
+        sender: _Feedback,
+        following: dict[str, Floats],
+        digest: StepDigest,
+        name: str,
+        data: memoryview,
     ) -> Source:
-        gradient, kept = _floats(data), self._kept.get(name)
+        gradient, kept, part = _floats(data), self._kept.get(name), digest.part(name)
         lost = self._spare.pop(name, None)
         if lost is None:
             lost = np.empty_like(gradient)
@@ -84,6 +100,7 @@ class GradientSources:
 
         def encode(first: int, last: int, data: memoryview) -> None:
             before = None if kept is None else kept[first:last]
+            part.update(gradient[first:last].data)
             sender.encode(gradient[first:last], before, lost[first:last], data)
 
         return EncodingSource(INT8_BLOCKS, len(gradient), encode)
@@ -143,8 +160,9 @@ def _floats(data: memoryview) -> Floats:
     return np.frombuffer(data, "<f4")
 
 
-def _source(encoding: Encoding.ValueType, codec: Codec, values: Floats) -> Source:
+def _source(encoding: Encoding.ValueType, codec: Codec, values: Floats, part: xxh3_128) -> Source:
     def encode(first: int, last: int, data: memoryview) -> None:
+        part.update(values[first:last].data)
         codec.encode(values[first:last], np.frombuffer(data, np.uint8))
 
     return EncodingSource(encoding, len(values), encode)

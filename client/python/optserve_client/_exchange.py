@@ -19,6 +19,7 @@ from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.error_pb2 import Refusal
 from optserve.v1.tensor_pb2 import TensorHeader
 from optserve.wire import Chunk, Source, split, whole
+from optserve_client._digest import StepDigest
 from optserve_client._encoded import parameter_targets
 from optserve_client._feed import FeedClosedError
 from optserve_client._incoming import Incoming, Room, arrays_of, uncounted
@@ -44,13 +45,30 @@ class TrainExchange(Protocol):
         ...
 
 
+class StepExchange(TrainExchange, Protocol):
+    """One step, in whichever form."""
+
+    digest: bytes
+    """What identifies the step's content, once all of it has been handed to the network."""
+    is_sent: bool
+    """Whether that has happened."""
+    result: pb.StepResult | None
+    refusal: Refusal | None
+
+
 class Opening:
     """The opening of a worker's stream."""
 
-    def __init__(self, session_id: str, worker: int, *, shared_memory: bool = False) -> None:
-        """Open the stream of ``worker``, and ask for shared memory or not."""
+    def __init__(
+        self, session_id: str, worker: int, *, client_id: bytes = b"", shared_memory: bool = False
+    ) -> None:
+        """Open the stream of ``worker``, and ask for shared memory or not.
+
+        An open one of the same ``client_id`` ends, which the server may not have noticed to be
+        broken.
+        """
         self._request = pb.TrainOpen(
-            session_id=session_id, worker=worker, shared_memory=shared_memory
+            session_id=session_id, worker=worker, shared_memory=shared_memory, client_id=client_id
         )
         self.opened: pb.TrainOpened | None = None
         """The answer, once the stream has been opened with this; it may be open already."""
@@ -77,6 +95,7 @@ class Step:
         headers: Sequence[TensorHeader],
         room: Room,
         *,
+        digest: StepDigest | None = None,
         reference: Sequence[Array] | None = None,
     ) -> None:
         """Take the step that ``begin`` announces.
@@ -87,9 +106,14 @@ class Step:
                 may have to wait for them; a FeedClosedError gives the step up.
             headers: Of the parameters that the answer must announce, if it announces any.
             room: For the parameters.
+            digest: Through which the gradients go when they are asked for. None: ``begin`` has all
+                there is.
             reference: See ``parameter_targets``.
         """
+        self.digest = begin.digest
+        self.is_sent = False
         self._begin = begin
+        self._digest = digest
         self._gradients = gradients
         self._announced = [] if begin.every_parameter else headers
         self._room = room
@@ -111,7 +135,11 @@ class Step:
             if self.refusal is None:
                 raise
             return
-        yield pb.TrainRequest(end=pb.StepEnd())
+        end = pb.StepEnd()
+        if self._digest is not None:
+            self.digest = end.digest = self._digest.value()
+        self.is_sent = True
+        yield pb.TrainRequest(end=end)
 
     def receive(self, response: TrainAnswer) -> bool:
         """Take a message of the answer; the step is over with its result, or with a refusal.
@@ -153,6 +181,7 @@ class PackedStep:
         step: int,
         gradients: Sequence[Source],
         headers: Sequence[TensorHeader],
+        digest: StepDigest,
         reference: Sequence[Array] | None = None,
     ) -> None:
         """Take step ``step``.
@@ -161,10 +190,14 @@ class PackedStep:
             step: Its number.
             gradients: Of every parameter, in the session's order.
             headers: Of the parameters.
+            digest: Through which the gradients go when they are read.
             reference: See ``parameter_targets``.
         """
         # copy: gradients to bytes; protobuf copies them once more.
-        self._packed = pb.PackedStep(step=step, gradients=[whole(each) for each in gradients])
+        data = [whole(each) for each in gradients]
+        self.digest = digest.value()
+        self.is_sent = False
+        self._packed = pb.PackedStep(step=step, gradients=data, digest=self.digest)
         self._headers = headers
         self._reference = reference
         self.result: pb.StepResult | None = None
@@ -173,6 +206,7 @@ class PackedStep:
 
     def requests(self) -> Iterator[TrainEvent]:
         """Yield the one message."""
+        self.is_sent = True
         yield pb.TrainRequest(packed=self._packed)
 
     def receive(self, response: TrainAnswer) -> bool:
@@ -196,14 +230,17 @@ class PackedStep:
 class SharedStep:
     """One step in shared memory: a message each way, without tensors."""
 
-    def __init__(self, step: int, absent: Sequence[int]) -> None:
+    def __init__(self, step: int, absent: Sequence[int], digest: bytes) -> None:
         """Take step ``step``; the parameters at the positions ``absent`` have no gradient."""
-        self._shared = pb.SharedStep(step=step, absent=absent)
+        self.digest = digest
+        self.is_sent = False
+        self._shared = pb.SharedStep(step=step, absent=absent, digest=digest)
         self.result: pb.StepResult | None = None
         self.refusal: Refusal | None = None
 
     def requests(self) -> Iterator[TrainEvent]:
         """Yield the one message."""
+        self.is_sent = True
         yield pb.TrainRequest(shared=self._shared)
 
     def receive(self, response: TrainAnswer) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -30,6 +31,9 @@ class Feed:
         """Expect one gradient for each of ``names``: of parameters, in the session's order."""
         self.names = names
         self._queue: queue.SimpleQueue[_Ready | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._given: dict[int, _Ready] = {}
+        self._ended = False
         self._closed = False
 
     def put(self, position: int, gradient: memoryview, wait: Callable[[], object]) -> None:
@@ -41,20 +45,52 @@ class Feed:
                 given up.
             wait: Returns once the bytes are there. Called by the thread that reads them.
         """
-        if not self._closed:
-            self._queue.put(_Ready(position, gradient, wait))
+        with self._lock:
+            if not self._closed:
+                self._given[position] = ready = _Ready(position, gradient, wait)
+                self._queue.put(ready)
 
-    def end(self) -> None:
-        """Let the step be ended: every gradient has been passed on, and is as it was then."""
+    def end(self) -> bool:
+        """Let the step be ended: every gradient has been passed on, and is as it was then.
+
+        Returns:
+            Whether there is still a step to end.
+        """
+        with self._lock:
+            self._ended = not self._closed
         self._queue.put(None)
+        return self._ended
 
     def close(self) -> None:
         """Give the step up, unless it has been ended; release who waits. May be called again."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            self._given = {}
         with suppress(queue.Empty):  # What nobody will send need not be kept.
             while True:
                 self._queue.get_nowait()
         self._queue.put(None)
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether the step may be ended, so that all of its gradients may be sent at once."""
+        with self._lock:
+            return self._ended and not self._closed
+
+    def all(self) -> list[memoryview]:
+        """Return the bytes of all gradients of a step that is ended, in the order of the names."""
+        with self._lock:
+            given = [self._given[position] for position in range(len(self.names))]
+        for ready in given:
+            ready.wait()
+        return [ready.gradient for ready in given]
+
+    def settle(self) -> bool:
+        """Return whether the step is ended, and so may be sent again; if not, give it up."""
+        if not self.is_ended:
+            with self._lock:
+                self._closed |= not self._ended
+        return self.is_ended
 
     def gradients(self) -> Iterator[tuple[int, memoryview]]:
         """Yield the position and the bytes of each gradient once it is there.

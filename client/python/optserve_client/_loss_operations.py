@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from numpy.typing import ArrayLike
 
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.session_pb2 import Split as SplitMessage
 from optserve.wire import Buffer
-from optserve_client._effects import Collect, Operation, ask
+from optserve_client._effects import Collect, Operation
 from optserve_client._exchange import INLINE_BYTES_MAX, LossEvaluation, check_loss_tensor
 from optserve_client._session_operations import SessionOperations
 from optserve_client._spec import Via
@@ -34,7 +35,10 @@ def evaluate_loss(
     gradient: bool | None,
     via: Via | None,
 ) -> Operation[LossResult]:
-    """Evaluate the session's loss; if ``via`` is None, small tensors travel in one message."""
+    """Evaluate the session's loss; if ``via`` is None, small tensors travel in one message.
+
+    It is evaluated again when its answer is lost, and then stands twice in the history.
+    """
     prediction_header, prediction_bytes = encode("", predictions, path="predictions")
     target_header, target_bytes = encode("", targets, path="targets")
     begin = pb.LossBegin(
@@ -47,8 +51,10 @@ def evaluate_loss(
     if via is None:
         small = len(prediction_bytes) + len(target_bytes) <= INLINE_BYTES_MAX
         via = "unary" if small else "stream"
-    evaluate = _evaluate_unary if via == "unary" else _evaluate_stream
-    return (yield from evaluate(session, begin, (prediction_bytes, target_bytes)))
+    if via == "unary":
+        return (yield from _evaluate_unary(session, begin, (prediction_bytes, target_bytes)))
+    attempt = partial(_evaluate_stream, session, begin, (prediction_bytes, target_bytes))
+    return (yield from session.terms.outages.persist(attempt))
 
 
 def loss_points(
@@ -59,9 +65,8 @@ def loss_points(
     request = pb.ListLossPointsRequest(
         session_id=session.session_id, split=_split_message(split), page_size=page_size
     )
-    timeout_s = session.terms.config.timeout_s
     while True:
-        page = yield from ask("ListLossPoints", request, pb.ListLossPointsResponse, timeout_s)
+        page = yield from session.terms.ask("ListLossPoints", request, pb.ListLossPointsResponse)
         points.extend(loss_point(point) for point in page.points)
         if not page.next_page_token:
             return LossHistory(points, forgotten=page.forgotten)
@@ -79,8 +84,7 @@ def _evaluate_unary(
         predictions=predictions,
         targets=targets,
     )
-    timeout_s = session.terms.config.timeout_s
-    response = yield from ask("EvaluateLoss", request, pb.EvaluateLossResponse, timeout_s)
+    response = yield from session.terms.ask("EvaluateLoss", request, pb.EvaluateLossResponse)
     arrays: dict[str, Array] = {}
     for name, tensor in (("gradient", response.gradient), ("elements", response.elements)):
         if tensor.HasField("header"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeAlias, Unpack
 
 from numpy.typing import ArrayLike
@@ -14,15 +15,30 @@ from optserve.wire import Buffer
 from optserve_client import _exchange as exchanges
 from optserve_client._effects import Collect, Operation, ask
 from optserve_client._feed import Feed
+from optserve_client._outages import may_pass
+from optserve_client._pending import PendingStep
 from optserve_client._spec import UpdateOptions, Via, update_request
-from optserve_client._steps import StepWays, Taking, total_bytes
+from optserve_client._steps import StepWays, Taking, steps_lost, total_bytes
 from optserve_client._terms import Terms
 from optserve_client.errors import (
-    DeadlineError,
+    ClosedError,
+    OptserveError,
     ParametersNotSetError,
+    ServiceError,
+    SessionNotFoundError,
+    StalledError,
+    StepOutOfOrderError,
+    StepUnknownError,
     UnknownNameError,
+    WorkerBusyError,
 )
-from optserve_client.results import Parameters, StepResult, step_result
+from optserve_client.results import (
+    Contribution,
+    Parameters,
+    StepResult,
+    contribution,
+    step_result,
+)
 from optserve_client.tensors import Array, allocate, bytes_of, encode_as
 
 Gradients: TypeAlias = Mapping[str, ArrayLike | None]
@@ -40,13 +56,17 @@ class SessionOperations:
         self.session_id = session.status.session_id
         self.spec = session.spec
         self.worker = worker
-        self.steps = session.status.steps
         self.epochs = session.status.epochs
         self.terms = terms
         self._via = via
         self._headers = {header.name: header for header in session.spec.parameters}
         self._values: dict[str, Array] = {}
         self._ways = StepWays(session, terms=terms, worker=worker)
+
+    @property
+    def steps(self) -> int:
+        """How many steps are known here to have been applied."""
+        return self._ways.steps
 
     @property
     def names(self) -> list[str]:
@@ -90,15 +110,8 @@ class SessionOperations:
             for at, header in enumerate(headers)
         ]
         begin = pb.UploadBegin(session_id=self.session_id, parameters=headers)
-        timeout_s = self.terms.config.transfer_timeout_s
-        with self.terms.reporter.transfer("upload", total_bytes(headers)) as advance:
-            sources = [Buffer(tensor) for tensor in tensors]
-            requests = exchanges.upload_requests(
-                begin, sources, chunk_bytes=self.terms.chunk_bytes, advance=advance
-            )
-            response = yield from ask(
-                "UploadParameters", requests, pb.UploadParametersResponse, timeout_s
-            )
+        attempt = partial(self._upload, begin, tensors)
+        response = yield from self.terms.outages.persist(attempt)
         self.keep(headers, tensors)
         return response.status
 
@@ -108,28 +121,23 @@ class SessionOperations:
         headers = [self._header_of(name, f"names[{at}]") for at, name in enumerate(wanted)]
         if not headers:  # On the wire, no names would mean all of them.
             return Parameters({}, steps=(yield from self.status()).steps)
-        with self.terms.reporter.transfer("download", total_bytes(headers)) as advance:
-            download = exchanges.Download(headers, advance)
-            yield Collect(
-                rpc="DownloadParameters",
-                request=pb.DownloadParametersRequest(session_id=self.session_id, names=names or ()),
-                receive=download.receive,
-                timeout_s=self.terms.config.transfer_timeout_s,
-            )
-        values = dict(zip(wanted, download.finish(), strict=True))
+        request = pb.DownloadParametersRequest(session_id=self.session_id, names=names or ())
+        attempt = partial(self._download, request, headers)
+        arrays, steps = yield from self.terms.outages.persist(attempt)
+        values = dict(zip(wanted, arrays, strict=True))
         if names is None:
-            self._values, self.steps = values, download.steps
-        return Parameters(values, steps=download.steps)
+            self._values, self._ways.steps = values, steps
+        return Parameters(values, steps=steps)
 
     def open(self) -> Operation[SessionStatus]:
         """Open the worker's stream, if it is not open, and learn where the session stands."""
-        opened = yield from self._ways.open(self.terms.config.timeout_s)
+        opened = yield from self.terms.outages.persist(self._ways.open)
         return opened.status if opened else (yield from self.status())
 
     def gradient_buffers(self) -> Operation[dict[str, Array]]:
         """Return the arrays that gradients are best written to."""
         if self._via == "stream":
-            yield from self._ways.open(self.terms.config.timeout_s)
+            yield from self.terms.outages.persist(self._ways.open)
         return dict(zip(self._headers, self._ways.buffers, strict=True))
 
     def step(
@@ -151,10 +159,13 @@ class SessionOperations:
             self._ways.bytes_of(header, gradient, at)
             for at, (header, gradient) in enumerate(present)
         ]
-        number = self.steps + 1 if step is None else step
-        headers = [header for header, _ in present]
+        pending = PendingStep(
+            number=self.steps + 1 if step is None else step,
+            headers=[header for header, _ in present],
+            tensors=tensors,
+        )
         take = self._ways.unary if (via or self._via) == "unary" else self._ways.streamed
-        return (yield from self._numbered(number, take(number, headers, tensors)))
+        return (yield from self._answered(pending, lambda: take(pending)))
 
     def step_from(self, feed: Feed) -> Operation[StepResult]:
         """Take the next step with gradients that are still being computed.
@@ -162,9 +173,17 @@ class SessionOperations:
         For the blocking face: it waits for the feed, and closes it. If somebody else does so before
         the step may be ended, the step is given up, and what is raised says nothing.
         """
-        number = self.steps + 1
+        headers = [self._headers[name] for name in feed.names]
+        pending = PendingStep(number=self.steps + 1, headers=headers)
+
+        def take() -> Taking:
+            if not feed.is_ended:
+                return self._ways.fed(pending, feed)
+            pending.tensors = feed.all()
+            return self._ways.streamed(pending)
+
         try:
-            return (yield from self._numbered(number, self._ways.fed(number, feed)))
+            return (yield from self._answered(pending, take, feed.settle))
         finally:
             feed.close()
 
@@ -176,52 +195,113 @@ class SessionOperations:
         """
         return self._ways.bytes_of(self._headers[name], gradient, at)
 
-    def _numbered(self, number: int, step: Taking) -> Operation[StepResult]:
-        """Take step ``number`` in whichever way, and remember what it brought."""
+    def resume(self) -> Operation[Parameters]:
+        """Go on from where the session stands: count its steps, and fetch its parameters."""
+        found = yield from self.contribution()
+        self._ways.forget()
+        self._ways.steps, self.epochs = found.steps, found.epochs
+        if found.step > found.steps and found.digest:  # It waits for the other workers: so do we.
+            pending = PendingStep(
+                number=found.step,
+                headers=list(self._headers.values()),
+                digest=found.digest,
+                has_arrived=True,
+            )
+            take = self._ways.unary if self._via == "unary" else self._ways.awaited
+            yield from self._answered(pending, lambda: take(pending))
+            return self.parameters
+        return (yield from self.download())
+
+    def contribution(self) -> Operation[Contribution]:
+        """Ask what became of the last step that this worker has sent."""
+        request = pb.GetContributionRequest(session_id=self.session_id, worker=self.worker)
+        return contribution(
+            (yield from self.terms.ask("GetContribution", request, pb.GetContributionResponse))
+        )
+
+    def _answered(
+        self,
+        step: PendingStep,
+        take: Callable[[], Taking],
+        goes_on: Callable[[], bool] = lambda: True,
+    ) -> Operation[StepResult]:
+        """Take a step until it is answered, and remember what it brought.
+
+        Args:
+            step: What is known of it.
+            take: Takes it, in whichever way. Called for each attempt.
+            goes_on: Whether there may be another one.
+        """
+
+        def again(error: OptserveError) -> bool:
+            # Of a call that was cut off, the server may not have noticed that nobody is there.
+            cut_off = step.is_unknown and isinstance(error, WorkerBusyError)
+            return (may_pass(error) or cut_off) and goes_on()
+
         try:
-            result, arrays = yield from step
-        except DeadlineError as error:
-            raise DeadlineError(
-                f"step {number} did not end within {self.terms.config.step_timeout_s:g} s;"
-                " whether it was applied is unknown until asked: see status().steps,"
-                " or take the same step again, which applies it once",
-                code=error.code,
-            ) from error
+            result, arrays = yield from self.terms.outages.persist(take, again)
+        except StepOutOfOrderError as error:
+            if error.expected.isdecimal() and int(error.expected) <= self.steps:
+                raise steps_lost(self.steps, int(error.expected) - 1) from error
+            raise
+        except (ServiceError, StalledError, WorkerBusyError) as error:
+            if step.is_unknown and not isinstance(error, ClosedError):
+                raise _unknown(step, error) from error
+            raise
         self._values = dict(zip(self._headers, arrays, strict=True))
-        self.steps, self.epochs = result.step, result.epochs
+        self._ways.steps, self.epochs = result.step, result.epochs
         return step_result(result)
 
     def end_epoch(self, epoch: int | None) -> Operation[SessionStatus]:
         """End an epoch: the next one that is known here, if no number is given."""
         number = self.epochs + 1 if epoch is None else epoch
         request = pb.EndEpochRequest(session_id=self.session_id, epoch=number)
-        response = yield from ask(
-            "EndEpoch", request, pb.EndEpochResponse, self.terms.config.timeout_s
-        )
+        response = yield from self.terms.ask("EndEpoch", request, pb.EndEpochResponse)
         self.epochs = response.status.epochs
         return response.status
 
     def status(self) -> Operation[SessionStatus]:
         """Ask where the session stands; what is known here stays as it is."""
         request = pb.GetSessionRequest(session_id=self.session_id)
-        timeout_s = self.terms.config.timeout_s
-        response = yield from ask("GetSession", request, pb.GetSessionResponse, timeout_s)
+        response = yield from self.terms.ask("GetSession", request, pb.GetSessionResponse)
         return response.session.status
 
     def update(self, **options: Unpack[UpdateOptions]) -> Operation[Session]:
         """Change the running session."""
         request = update_request(self.session_id, **options)
-        timeout_s = self.terms.config.timeout_s
-        response = yield from ask("UpdateSession", request, pb.UpdateSessionResponse, timeout_s)
+        response = yield from self.terms.ask("UpdateSession", request, pb.UpdateSessionResponse)
         self.spec = response.session.spec
         return response.session
 
-    def delete(self) -> Operation[SessionStatus]:
-        """Make the server forget the session."""
-        request = pb.DeleteSessionRequest(session_id=self.session_id)
-        timeout_s = self.terms.config.timeout_s
-        response = yield from ask("DeleteSession", request, pb.DeleteSessionResponse, timeout_s)
-        return response.status
+    def delete(self, *, persist: bool = True) -> Operation[SessionStatus]:
+        """Make the server forget the session; unless it must not take long, until it has."""
+        return (yield from delete_session(self.terms, self.session_id, persist=persist))
+
+    def _upload(
+        self, begin: pb.UploadBegin, tensors: Sequence[memoryview]
+    ) -> Operation[pb.UploadParametersResponse]:
+        with self.terms.reporter.transfer("upload", total_bytes(begin.parameters)) as advance:
+            sources = [Buffer(tensor) for tensor in tensors]
+            requests = exchanges.upload_requests(
+                begin, sources, chunk_bytes=self.terms.chunk_bytes, advance=advance
+            )
+            timeout_s = self.terms.config.transfer_timeout_s
+            return (
+                yield from ask("UploadParameters", requests, pb.UploadParametersResponse, timeout_s)
+            )
+
+    def _download(
+        self, request: pb.DownloadParametersRequest, headers: Sequence[TensorHeader]
+    ) -> Operation[tuple[list[Array], int]]:
+        with self.terms.reporter.transfer("download", total_bytes(headers)) as advance:
+            download = exchanges.Download(headers, advance)
+            yield Collect(
+                rpc="DownloadParameters",
+                request=request,
+                receive=download.receive,
+                timeout_s=self.terms.config.transfer_timeout_s,
+            )
+        return download.finish(), download.steps
 
     def _header_of(self, name: str, field: str) -> TensorHeader:
         if name not in self._headers:
@@ -233,3 +313,45 @@ class SessionOperations:
                 actual=name,
             )
         return self._headers[name]
+
+
+def delete_session(
+    terms: Terms, session_id: str, *, persist: bool = True
+) -> Operation[SessionStatus]:
+    """Make the server forget a session; it has done so also if only its answer was lost.
+
+    Args:
+        terms: Of the client.
+        session_id: Of the session.
+        persist: Whether to try again when nothing answers.
+    """
+    request = pb.DeleteSessionRequest(session_id=session_id)
+    attempts = 0
+
+    def attempt() -> Operation[pb.DeleteSessionResponse]:
+        nonlocal attempts
+        attempts += 1
+        try:
+            return (
+                yield from ask(
+                    "DeleteSession", request, pb.DeleteSessionResponse, terms.config.timeout_s
+                )
+            )
+        except SessionNotFoundError:
+            if attempts == 1:
+                raise
+            return pb.DeleteSessionResponse(status=SessionStatus(session_id=session_id))
+
+    response = yield from terms.outages.persist(attempt) if persist else attempt()
+    return response.status
+
+
+def _unknown(step: PendingStep, error: OptserveError) -> StepUnknownError:
+    return StepUnknownError(
+        f"step {step.number} was sent, and no answer came: {error}; whether it was applied is"
+        " unknown until asked: see contribution(), or take the same step again, which applies it"
+        " once",
+        step=step.number,
+        digest=step.digest,
+        code=error.code,
+    )

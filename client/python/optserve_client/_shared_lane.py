@@ -60,16 +60,26 @@ class SharedLane:
         self._buffers = self._regions[1].arrays
         self._targets = [np.asarray(bytes_of(buffer)) for buffer in self._buffers]
 
-    def write(self, position: int, gradient: memoryview) -> None:
+    @property
+    def token(self) -> bytes:
+        """What the memory for gradients is known by; empty if there is none."""
+        return self._regions[1].token if self._regions and not self.closed_because else b""
+
+    def write(self, position: int, gradient: memoryview) -> bool:
         """Put a gradient's bytes where the server reads them; if they are there, it costs nothing.
 
         Args:
             position: Of its parameter.
             gradient: As many bytes as the parameter has.
+
+        Returns:
+            Whether the caller's gradient is elsewhere, and so stays what it is.
         """
         source, target = np.asarray(gradient), self._targets[position]
-        if source.ctypes.data != target.ctypes.data:
-            np.copyto(target, source)  # copy: the caller's gradient to shared memory.
+        if source.ctypes.data == target.ctypes.data:
+            return False
+        np.copyto(target, source)  # copy: the caller's gradient to shared memory.
+        return True
 
     def _region(self, process: int, offer: pb.SharedRegion, *, writable: bool) -> Region:
         path = Path(f"/proc/{process}/fd/{offer.descriptor}")

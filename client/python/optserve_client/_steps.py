@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
@@ -14,15 +15,25 @@ from optserve.v1.session_pb2 import Session
 from optserve.v1.tensor_pb2 import Tensor, TensorHeader
 from optserve.wire import Chunk, byte_count, split, whole
 from optserve_client import _exchange as exchanges
-from optserve_client._effects import Operation, Train, ask
+from optserve_client._digest import DIGEST_BYTES, StepDigest
+from optserve_client._effects import Converse, Open, Operation, ask
 from optserve_client._encoded import GradientSources
 from optserve_client._feed import Feed
 from optserve_client._incoming import Room, arrays_of
+from optserve_client._pending import PendingStep
 from optserve_client._refusals import from_refusal
 from optserve_client._shared_lane import SharedLane
 from optserve_client._terms import Terms
-from optserve_client.errors import LimitError, SharedMemoryError
+from optserve_client.errors import (
+    LimitError,
+    OptserveError,
+    SharedMemoryError,
+    StalledError,
+    StepsLostError,
+)
 from optserve_client.tensors import Array, bytes_of, encode_as, form_of
+
+_CLIENT_ID_BYTES = 16
 
 Taking: TypeAlias = Operation[tuple[pb.StepResult, list[Array]]]
 """Takes a step: returns what it did, and the parameters after it, in the session's order."""
@@ -33,17 +44,25 @@ class StepWays:
 
     def __init__(self, session: Session, *, terms: Terms, worker: int) -> None:
         """Take steps in ``session`` as ``worker``."""
+        self.steps = session.status.steps
+        """How many steps are known here to have been applied."""
         self._session_id = session.status.session_id
         self._worker = worker
         self._terms = terms
+        # Of this object, and not of the client: two that take the same seat are a mistake.
+        self._client_id = secrets.token_bytes(_CLIENT_ID_BYTES)
         self._headers = list(session.spec.parameters)
+        self._names = [header.name for header in self._headers]
         self._forms = {header.name: form_of(header) for header in self._headers}
         # Of what steps bring: one holds the newest values, and the other waits for the next ones.
         self._rooms: list[Room] = []
         self._shared = SharedLane(self._headers)
-        self._gradients = GradientSources(session.spec.wire.gradients)
+        self._encoding = session.spec.wire.gradients
+        self._gradients = GradientSources(self._encoding)
         # What the answer to the last streamed step has brought: the next one may build on it.
         self._reference: list[Array] | None = None
+        # The last step in shared memory, whose digest says nothing of its content.
+        self._drawn = (0, b"")
         self.packs = total_bytes(self._headers) <= terms.chunk_bytes
         """Whether a step with every gradient is one message each way, if it has to travel."""
 
@@ -51,6 +70,11 @@ class StepWays:
     def buffers(self) -> list[Array]:
         """Arrays that gradients are best written to, once the worker's stream has been opened."""
         return self._shared.buffers
+
+    def forget(self) -> None:
+        """Forget what steps have left behind: the next one does not follow the last one."""
+        self._gradients = GradientSources(self._encoding)
+        self._drawn = (0, b"")
 
     def bytes_of(self, header: TensorHeader, gradient: ArrayLike, at: int) -> memoryview:
         """Return the bytes of a gradient, the one at position ``at`` of a step.
@@ -63,118 +87,187 @@ class StepWays:
             return bytes_of(values)
         return encode_as(header, values, role="gradient", path=f"gradients[{at}]")
 
-    def open(self, timeout_s: float) -> Operation[pb.TrainOpened | None]:
+    def open(self) -> Operation[pb.TrainOpened | None]:
         """Open the worker's stream, and enter the lane; None if the stream is open already.
 
         Raises:
             SharedMemoryError: There is no shared memory, and it must be.
+            StepsLostError: The server has fewer steps than it has answered.
         """
-        opening = self._opening()
-        yield Train(opening=opening, exchange=None, timeout_s=timeout_s)
-        if opening.opened:
-            self._shared.take(opening.opened)
-        if self._terms.config.lane == "shm" and self._shared.closed_because:
+        config = self._terms.config
+        opening = exchanges.Opening(
+            self._session_id,
+            self._worker,
+            client_id=self._client_id,
+            shared_memory=config.lane != "grpc",
+        )
+        yield Open(opening=opening, timeout_s=config.timeout_s)
+        opened = opening.opened
+        if opened is not None:
+            self._reference = None
+            self._shared.take(opened)
+            if opened.status.steps < self.steps:
+                raise steps_lost(self.steps, opened.status.steps)
+        if config.lane == "shm" and self._shared.closed_because:
             raise SharedMemoryError(f"no shared memory: {self._shared.closed_because}")
-        return opening.opened
+        return opened
 
-    def streamed(
-        self, number: int, headers: Sequence[TensorHeader], tensors: Sequence[memoryview]
-    ) -> Taking:
-        """Take step ``number`` on the worker's stream, with the gradients of some parameters."""
-        yield from self.open(self._terms.config.step_timeout_s)
+    def streamed(self, step: PendingStep) -> Taking:
+        """Take a step on the worker's stream; only what the server does not have is sent."""
+        yield from self._opened_for(step)
         if not self._shared.closed_because:
-            return (yield from self._shared_step(number, headers, tensors))
-        sources = self._gradients.of(number, [header.name for header in headers], tensors)
-        if len(headers) == len(self._headers) and self.packs:
-            step = exchanges.PackedStep(number, sources, self._headers, self._reference)
-            return (yield from self._converse(number, step))
-        return (yield from self._chunked(number, headers, split(sources, self._terms.chunk_bytes)))
+            return (yield from self._shared_step(step))
+        if step.has_arrived:
+            return (yield from self._chunked(step, (), None))
+        digest = StepDigest(self._names)
+        names = [header.name for header in step.headers]
+        sources = self._gradients.of(step.number, digest, names, step.tensors)
+        if len(names) == len(self._names) and self.packs:
+            packed = exchanges.PackedStep(
+                step.number, sources, self._headers, digest, self._reference
+            )
+            return (yield from self._brought(step, packed))
+        chunks = split(sources, self._terms.chunk_bytes)
+        return (yield from self._chunked(step, chunks, digest))
 
-    def fed(self, number: int, feed: Feed) -> Taking:
-        """Take step ``number`` on the worker's stream, with gradients as they become ready."""
-        yield from self.open(self._terms.config.step_timeout_s)
+    def fed(self, step: PendingStep, feed: Feed) -> Taking:
+        """Take a step on the worker's stream, with gradients as they become ready."""
+        yield from self._opened_for(step)
         if self._shared.closed_because:
-            chunks = feed.chunks(self._gradients.begin(number), self._terms.chunk_bytes)
-            headers = [header for header in self._headers if header.name in feed.names]
-            return (yield from self._chunked(number, headers, chunks))
-        absent = {header.name: position for position, header in enumerate(self._headers)}
+            digest = StepDigest(self._names)
+            source_of = self._gradients.begin(step.number, digest)
+            chunks = feed.chunks(source_of, self._terms.chunk_bytes)
+            return (yield from self._chunked(step, chunks, digest))
+        absent = {name: position for position, name in enumerate(self._names)}
         present = [absent.pop(name) for name in feed.names]
         for position, gradient in feed.gradients():
             self._shared.write(present[position], gradient)
         feed.wait_for_end()
-        return (yield from self._written(number, list(absent.values())))
+        return (yield from self._written(step, list(absent.values())))
 
-    def unary(
-        self, number: int, headers: Sequence[TensorHeader], tensors: Sequence[memoryview]
-    ) -> Taking:
-        """Take step ``number`` in one message each way."""
+    def awaited(self, step: PendingStep) -> Taking:
+        """Wait for the answer to a step that the server has."""
+        opened = yield from self.open()
+        if opened is not None:
+            step.look_for(opened.contribution)
+            if not step.has_arrived:
+                raise steps_lost(self.steps, opened.status.steps)
+        return (yield from self._chunked(step, (), None))
+
+    def unary(self, step: PendingStep) -> Taking:
+        """Take a step in one message each way."""
         check_unary_fits(self._headers)
-        sources = self._gradients.of(number, [header.name for header in headers], tensors)
+        digest = StepDigest(self._names)
+        names = [header.name for header in step.headers]
+        sources = self._gradients.of(step.number, digest, names, step.tensors)
+        gradients = [
+            Tensor(header=header, data=whole(source))
+            for header, source in zip(step.headers, sources, strict=True)
+        ]
+        number, drawn = self._drawn
+        if not step.has_arrived:
+            step.digest = drawn if number == step.number else digest.value()
         request = pb.StepRequest(
             session_id=self._session_id,
             worker=self._worker,
-            step=number,
-            gradients=[
-                Tensor(header=header, data=whole(source))
-                for header, source in zip(headers, sources, strict=True)
-            ],
+            step=step.number,
+            gradients=gradients,
+            digest=step.digest,
         )
-        timeout_s = self._terms.config.step_timeout_s
-        response = yield from ask("Step", request, pb.StepResponse, timeout_s)
+        try:
+            response = yield from ask(
+                "Step", request, pb.StepResponse, self._terms.config.step_timeout_s
+            )
+        except OptserveError as error:
+            step.is_unknown |= is_silence(error)
+            raise
         exchanges.check_announced([tensor.header for tensor in response.parameters], self._headers)
         data = [tensor.data for tensor in response.parameters]
         arrays = arrays_of(self._headers, data, response.encoding)
-        self._gradients.answered(number)
+        self._gradients.answered(step.number)
         return response.result, arrays
 
-    def _shared_step(
-        self, number: int, headers: Sequence[TensorHeader], tensors: Sequence[memoryview]
-    ) -> Taking:
-        present = {header.name: tensor for header, tensor in zip(headers, tensors, strict=True)}
-        absent = []
-        for position, header in enumerate(self._headers):
-            if header.name in present:
-                self._shared.write(position, present[header.name])
-            else:
-                absent.append(position)
-        return (yield from self._written(number, absent))
+    def _opened_for(self, step: PendingStep) -> Operation[None]:
+        """See to it that the stream is open, and learn whether the server has the step."""
+        number, digest = self._drawn
+        if number == step.number:
+            step.digest = digest
+        opened = yield from self.open()
+        if opened is not None:
+            step.look_for(opened.contribution)
+        # Who has mapped memory keeps it, but a server that has gone may have calculated in it.
+        if step.exposed_to not in (b"", self._shared.token) and not step.has_arrived:
+            raise StepsLostError(
+                f"step {step.number} was not applied, and its gradients cannot be sent again: they"
+                " were in memory shared with a server that has gone, which may have changed them;"
+                " resume(), and compute them again",
+                resumes_from=step.number,
+                lost=0,
+            )
 
-    def _written(self, number: int, absent: Sequence[int]) -> Taking:
+    def _shared_step(self, step: PendingStep) -> Taking:
+        present = {
+            header.name: tensor for header, tensor in zip(step.headers, step.tensors, strict=True)
+        }
+        absent = []
+        for position, name in enumerate(self._names):
+            if name not in present:
+                absent.append(position)
+            # What has arrived is the server's now: it may be calculating there.
+            elif not step.has_arrived and not self._shared.write(position, present[name]):
+                step.exposed_to = self._shared.token
+        return (yield from self._written(step, absent))
+
+    def _written(self, step: PendingStep, absent: Sequence[int]) -> Taking:
         """Take a step whose gradients are in shared memory, but for those at ``absent``."""
-        step = exchanges.SharedStep(number, absent)
-        yield self._train(step)
-        if step.refusal is not None:
-            raise from_refusal(step.refusal)
-        assert step.result is not None
-        return step.result, self._shared.parameters
+        if self._drawn[0] != step.number:  # To hash would take a tenth of the step.
+            self._drawn = step.number, secrets.token_bytes(DIGEST_BYTES)
+        shared = exchanges.SharedStep(step.number, absent, self._drawn[1])
+        yield from self._converse(step, shared)
+        assert shared.result is not None
+        return shared.result, self._shared.parameters
 
     def _chunked(
-        self, number: int, headers: Sequence[TensorHeader], chunks: Iterable[list[Chunk]]
+        self, step: PendingStep, chunks: Iterable[list[Chunk]], digest: StepDigest | None
     ) -> Taking:
-        every = len(headers) == len(self._headers)
-        begin = pb.StepBegin(step=number, gradients=() if every else headers, every_parameter=every)
+        """Take a step in chunks; without a digest to calculate, the server knows it by its own."""
+        every = len(step.headers) == len(self._headers)
+        begin = pb.StepBegin(
+            step=step.number,
+            gradients=() if every else step.headers,
+            every_parameter=every,
+            digest=b"" if digest else step.digest,
+        )
         room, reference = self._spare(), self._reference
-        step = exchanges.Step(begin, chunks, self._headers, room, reference=reference)
-        return (yield from self._converse(number, step))
+        chunked = exchanges.Step(
+            begin, chunks, self._headers, room, digest=digest, reference=reference
+        )
+        return (yield from self._brought(step, chunked))
 
-    def _converse(self, number: int, step: exchanges.PackedStep | exchanges.Step) -> Taking:
-        yield self._train(step)
-        if step.refusal is not None:
-            raise from_refusal(step.refusal)
-        assert step.result is not None
-        assert step.parameters is not None
+    def _brought(
+        self, step: PendingStep, exchange: exchanges.PackedStep | exchanges.Step
+    ) -> Taking:
+        """Hold an exchange that brings the parameters."""
+        yield from self._converse(step, exchange)
+        assert exchange.result is not None
+        assert exchange.parameters is not None
         self._rooms.reverse()  # What has come stays; the other one is spare now.
-        self._gradients.answered(number)
-        self._reference = step.parameters
-        return step.result, step.parameters
+        self._gradients.answered(step.number)
+        self._reference = exchange.parameters
+        return exchange.result, exchange.parameters
 
-    def _train(self, step: exchanges.TrainExchange) -> Train:
-        timeout_s = self._terms.config.step_timeout_s
-        return Train(opening=self._opening(), exchange=step, timeout_s=timeout_s)
-
-    def _opening(self) -> exchanges.Opening:
-        asks = self._terms.config.lane != "grpc"
-        return exchanges.Opening(self._session_id, self._worker, shared_memory=asks)
+    def _converse(self, step: PendingStep, exchange: exchanges.StepExchange) -> Operation[None]:
+        try:
+            yield Converse(exchange=exchange, timeout_s=self._terms.config.step_timeout_s)
+        except OptserveError as error:
+            if exchange.is_sent:
+                step.digest = exchange.digest
+                step.is_unknown |= is_silence(error)
+            raise
+        if exchange.refusal is not None:
+            step.is_unknown = step.has_arrived = False
+            self._drawn = (0, b"")  # What is taken next under this number is another step.
+            raise from_refusal(exchange.refusal)
 
     def _spare(self) -> Room:
         """Return memory for parameters that does not hold the newest ones.
@@ -184,6 +277,21 @@ class StepWays:
         if len(self._rooms) < 2:
             self._rooms.insert(0, Room(self._headers))
         return self._rooms[0]
+
+
+def is_silence(error: OptserveError) -> bool:
+    """Return whether an error leaves open what became of a step that was sent."""
+    return not error.reason or isinstance(error, StalledError)
+
+
+def steps_lost(known: int, steps: int) -> StepsLostError:
+    """Return the error for a session of which ``known`` steps were answered, and that has fewer."""
+    return StepsLostError(
+        f"the session stands at {steps} steps; {known} had been answered: the server has lost the"
+        f" last {known - steps}; resume(), and go on with step {steps + 1}",
+        resumes_from=steps + 1,
+        lost=known - steps,
+    )
 
 
 def check_unary_fits(headers: Iterable[TensorHeader]) -> None:

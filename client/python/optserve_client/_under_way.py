@@ -75,14 +75,14 @@ class StepUnderWay:
         Raises:
             OptserveError: As of ``Session.step``.
         """
-        if self._outcome.done():
+        if self._outcome.done() or not self._feed.end():
             self.give_up()
             return None
-        self._feed.end()
         try:
             return self._outcome.result()
         except BaseException:
             if not self._outcome.done():  # An interrupt: nobody waits for the answer any more.
+                self._feed.close()
                 self._driver.end_stream()
             raise
         finally:

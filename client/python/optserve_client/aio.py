@@ -24,8 +24,9 @@ from optserve.v1.optimizer_service_pb2 import GetCatalogueResponse, GetServerInf
 from optserve.v1.session_pb2 import Session as SessionMessage
 from optserve.v1.session_pb2 import SessionStatus
 from optserve_client._asyncio import AsyncDriver
-from optserve_client._channel import CHANNEL_OPTIONS, stub_of
+from optserve_client._channel import Line, channel_options, stub_of
 from optserve_client._client_operations import ClientOperations, InitialValues, meet
+from optserve_client._credentials import channel_credentials, metadata_of
 from optserve_client._effects import Operation
 from optserve_client._loss_operations import evaluate_loss, loss_points
 from optserve_client._session_operations import Gradients, SessionOperations
@@ -34,7 +35,14 @@ from optserve_client._spec import SessionOptions, UpdateOptions, Via
 from optserve_client.config import ClientConfig
 from optserve_client.errors import OptserveError, SessionNotFoundError
 from optserve_client.progress import ProgressCallback, TransferReporter
-from optserve_client.results import LossHistory, LossResult, Parameters, Split, StepResult
+from optserve_client.results import (
+    Contribution,
+    LossHistory,
+    LossResult,
+    Parameters,
+    Split,
+    StepResult,
+)
 from optserve_client.tensors import Array
 
 if TYPE_CHECKING:  # A name of the stubs only.
@@ -80,14 +88,21 @@ def connect(
 
 
 async def _connect(target: str, config: ClientConfig, reporter: TransferReporter) -> Client:
-    channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-    stub = stub_of(channel)
+    metadata, channel = metadata_of(target, config), _channel(target, config)
+    line = Line(stub=stub_of(channel), target=target, metadata=metadata)
     try:
-        terms = await AsyncDriver(stub, target).run(meet(target, config, reporter))
+        terms = await AsyncDriver(line).run(meet(target, config, reporter))
     except BaseException:
         await channel.close()
         raise
-    return Client(target, channel, stub, ClientOperations(terms))
+    return Client(line, channel, ClientOperations(terms))
+
+
+def _channel(target: str, config: ClientConfig) -> grpc.aio.Channel:
+    options = channel_options(config)
+    if config.tls is None:
+        return grpc.aio.insecure_channel(target, options)
+    return grpc.aio.secure_channel(target, channel_credentials(config.tls), options)
 
 
 class Client:
@@ -95,16 +110,14 @@ class Client:
 
     def __init__(
         self,
-        target: str,
+        line: Line[OptimizerServiceAsyncStub],
         channel: grpc.aio.Channel,
-        stub: OptimizerServiceAsyncStub,
         operations: ClientOperations,
     ) -> None:
-        """Call through ``stub``, on ``channel``, which is closed with the client."""
-        self._target = target
+        """Call through ``line``, on ``channel``, which is closed with the client."""
+        self._line = line
         self._channel = channel
-        self._stub = stub
-        self._driver = AsyncDriver(stub, target)
+        self._driver = AsyncDriver(line)
         self._operations = operations
         self._session_drivers: weakref.WeakSet[AsyncDriver] = weakref.WeakSet()
 
@@ -120,7 +133,7 @@ class Client:
         await self.close()
 
     def __repr__(self) -> str:
-        return f"<Client of {self._target}{', closed' if self._driver.closed else ''}>"
+        return f"<Client of {self._line.target}{', closed' if self._driver.closed else ''}>"
 
     def create_session(
         self, parameters: InitialValues, **options: Unpack[SessionOptions]
@@ -175,7 +188,7 @@ class Client:
         self, operation: Operation[SessionOperations], *, created: bool
     ) -> Session:
         operations = await self._driver.run(operation)
-        driver = AsyncDriver(self._stub, self._target)
+        driver = AsyncDriver(self._line)
         self._session_drivers.add(driver)
         return Session(operations, driver, created=created)
 
@@ -205,7 +218,7 @@ class Session(SessionView):
             return
         # What went wrong first is what the caller has to see; and what is gone need not be deleted.
         with suppress(SessionNotFoundError if kind is None else OptserveError):
-            await self.delete()
+            await self._delete(persist=kind is None)
 
     async def open(self) -> SessionStatus:
         """Open this worker's stream now, not with its first step."""
@@ -216,6 +229,14 @@ class Session(SessionView):
     ) -> StepResult:
         """Apply one optimizer step, as ``optserve_client.Session.step``."""
         return await self._driver.run(self._operations.step(gradients, step=step, via=via))
+
+    async def contribution(self) -> Contribution:
+        """Ask what became of the last step that this worker has sent."""
+        return await self._driver.run(self._operations.contribution())
+
+    async def resume(self) -> Parameters:
+        """Go on from where the session stands, as ``optserve_client.Session.resume``."""
+        return await self._driver.run(self._operations.resume())
 
     async def gradient_buffers(self) -> dict[str, Array]:
         """Return arrays for gradients, as ``optserve_client.Session.gradient_buffers``."""
@@ -262,13 +283,16 @@ class Session(SessionView):
         return await self._driver.run(self._operations.download(names))
 
     async def delete(self) -> SessionStatus:
-        """Make the server forget the session, for everybody, and return where it stood."""
-        await self._driver.end_stream()
-        try:
-            return await self._driver.run(self._operations.delete())
-        finally:
-            await self.close()
+        """Make the server forget the session, as ``optserve_client.Session.delete``."""
+        return await self._delete(persist=True)
 
     async def close(self) -> None:
         """End this worker's stream. The session lives on. May be called again."""
         await self._driver.close()
+
+    async def _delete(self, *, persist: bool) -> SessionStatus:
+        await self._driver.end_stream()
+        try:
+            return await self._driver.run(self._operations.delete(persist=persist))
+        finally:
+            await self.close()

@@ -13,8 +13,9 @@ from optserve.v1.optimizer_service_pb2 import GetCatalogueResponse, GetServerInf
 from optserve.v1.session_pb2 import Session as SessionMessage
 from optserve.v1.session_pb2 import SessionStatus
 from optserve_client._blocking import BlockingDriver
-from optserve_client._channel import CHANNEL_OPTIONS, stub_of
+from optserve_client._channel import Line, channel_options, stub_of
 from optserve_client._client_operations import ClientOperations, InitialValues, meet
+from optserve_client._credentials import channel_credentials, metadata_of
 from optserve_client._spec import SessionOptions, Via
 from optserve_client._watchdog import Watchdog
 from optserve_client.config import ClientConfig
@@ -32,12 +33,15 @@ def connect(
 
     Args:
         target: As gRPC names it: "localhost:50051", "unix:/run/optserve.sock".
-        config: Deadlines and sizes. None: the defaults.
+        config: Deadlines, sizes, patience, identity. None: the defaults.
         progress: What long uploads and downloads of parameters show: a bar (True; see
             ``progress``), nothing (False), or what the callback does with it.
 
     Raises:
-        UnavailableError: No server answers there.
+        UnavailableError: No server answers there. That is not tried again: it may be the wrong
+            address.
+        ValueError: There is a token, and anybody on the way could read it.
+        OSError: A certificate, a key or a token cannot be read.
     """
     return Client(target, config or ClientConfig(), TransferReporter(progress))
 
@@ -52,8 +56,8 @@ class Client:
         """Connect to ``target``."""
         self._target = target
         self._watchdog = Watchdog()
-        channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self._stub = stub_of(channel)
+        metadata, channel = metadata_of(target, config), _channel(target, config)
+        self._line = Line(stub=stub_of(channel), target=target, metadata=metadata)
         self._driver = self._new_driver()
         self._session_drivers: weakref.WeakSet[BlockingDriver] = weakref.WeakSet()
         # Also when nobody closes it, at the latest when the interpreter ends.
@@ -162,12 +166,19 @@ class Client:
         self._finalizer()
 
     def _new_driver(self) -> BlockingDriver:
-        return BlockingDriver(self._stub, self._target, self._watchdog)
+        return BlockingDriver(self._line, self._watchdog)
 
     def _session_driver(self) -> BlockingDriver:
         driver = self._new_driver()
         self._session_drivers.add(driver)
         return driver
+
+
+def _channel(target: str, config: ClientConfig) -> grpc.Channel:
+    options = channel_options(config)
+    if config.tls is None:
+        return grpc.insecure_channel(target, options)
+    return grpc.secure_channel(target, channel_credentials(config.tls), options)
 
 
 def _disconnect(channel: grpc.Channel, watchdog: Watchdog) -> None:

@@ -27,6 +27,7 @@
     │   ├── EpochOutOfOrderError            the epoch is neither the next one nor the last one
     │   ├── EpochEmptyError                 the epoch has no step
     │   ├── WorkerBusyError                 another call is sending for this worker
+    │   ├── StepsLostError                  the server has lost steps: resume, and repeat them
     │   ├── RoundTimeoutError               the other workers did not come: take the step again
     │   ├── StalledError                    this client stopped in the middle of a transfer
     │   ├── StepConflictError               the step was taken with other content
@@ -39,6 +40,7 @@
         ├── UnavailableError                nothing answers, or it is about to stop
         ├── SharedMemoryError               it was asked for, and cannot be had
         ├── DeadlineError                   no answer in time: it may have been done, or not
+        ├── StepUnknownError                a step was sent, and no answer came
         ├── ClosedError                     the client, or the session object, has been closed
         ├── ProtocolError                   client and server do not understand each other
         └── InternalError                   a fault of the server
@@ -223,6 +225,23 @@ class SeatTakenOverError(SessionError):
     """The same client has opened another stream for this worker, in the place of this one."""
 
 
+class StepsLostError(SessionError):
+    """The server stands before steps that it had answered: they are lost, with what they learnt.
+
+    ``resume()`` the session, and go on with the data of step ``resumes_from``.
+
+    Attributes:
+        resumes_from: Number of the step to go on with.
+        lost: How many answered steps are gone. Zero: none, but the one that was under way has to be
+            computed again.
+    """
+
+    def __init__(self, message: str, *, resumes_from: int = 0, lost: int = 0) -> None:
+        super().__init__(message)
+        self.resumes_from = resumes_from
+        self.lost = lost
+
+
 class ScheduleFailedError(SessionError):
     """The expression of the schedule has no finite value for the next count."""
 
@@ -249,6 +268,22 @@ class SharedMemoryError(ServiceError):
 
 class DeadlineError(ServiceError):
     """No answer came in time. What was asked may or may not have been done."""
+
+
+class StepUnknownError(ServiceError):
+    """A step was sent, and no answer came: it may have been applied, or not.
+
+    ``contribution()`` tells; or take the same step again: the server applies it once.
+
+    Attributes:
+        step: Number of the step.
+        digest: What its content is known by: see ``Contribution``.
+    """
+
+    def __init__(self, message: str, *, step: int = 0, digest: bytes = b"", code: str = "") -> None:
+        super().__init__(message, code=code)
+        self.step = step
+        self.digest = digest
 
 
 class ClosedError(ServiceError):

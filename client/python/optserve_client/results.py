@@ -61,6 +61,25 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Contribution:
+    """The last step that the server has of a worker, and where the session stands."""
+
+    step: int
+    """Number of the step. Zero: the worker has sent none."""
+    digest: bytes
+    """What its content is known by: of the gradients' bytes, or drawn at random where they lie in
+    shared memory. Empty: the client that sent it gave none."""
+    applied: bool
+    """Whether it was applied. If not, it waits for the other workers."""
+    result: StepResult | None
+    """What it did; None if it was not applied yet, or another one was since."""
+    steps: int
+    """How many steps of the session have been applied."""
+    epochs: int
+    """How many of its epochs have been ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossResult:
     """What an evaluation of the loss found."""
 
@@ -126,6 +145,19 @@ def step_result(message: service_pb2.StepResult) -> StepResult:
         rates={rate.group: rate.lr for rate in message.rates},
         gradient_norm=message.gradient_norm,
         replayed=message.replayed,
+    )
+
+
+def contribution(message: service_pb2.GetContributionResponse) -> Contribution:
+    """Return what the message says of a worker's last step."""
+    last, status = message.contribution, message.status
+    return Contribution(
+        step=last.step,
+        digest=last.digest,
+        applied=last.applied,
+        result=step_result(message.result) if message.HasField("result") else None,
+        steps=status.steps,
+        epochs=status.epochs,
     )
 
 

@@ -18,7 +18,14 @@ from optserve_client._session_view import SessionView
 from optserve_client._spec import UpdateOptions, Via
 from optserve_client._under_way import StepUnderWay
 from optserve_client.errors import OptserveError, SessionNotFoundError
-from optserve_client.results import LossHistory, LossResult, Parameters, Split, StepResult
+from optserve_client.results import (
+    Contribution,
+    LossHistory,
+    LossResult,
+    Parameters,
+    Split,
+    StepResult,
+)
 from optserve_client.tensors import Array
 
 
@@ -51,7 +58,7 @@ class Session(SessionView):
             return
         # What went wrong first is what the caller has to see; and what is gone need not be deleted.
         with suppress(SessionNotFoundError if kind is None else OptserveError):
-            self.delete()
+            self._delete(persist=kind is None)
 
     def open(self) -> SessionStatus:
         """Open this worker's stream now, not with its first step, and learn where the session is.
@@ -84,17 +91,38 @@ class Session(SessionView):
             RequestError: A gradient does not fit its parameter, or is not finite. Nothing was
                 changed.
             SessionError: The session cannot step now. Nothing was changed; see the class.
-            ServiceError: No answer came. Take the same step again: the server applies it once,
-                whatever happened.
+            StepsLostError: The server has lost steps: ``resume()``, and repeat their data.
+            StepUnknownError: No answer came for as long as ``ClientConfig.retry`` says. Take the
+                same step again, or ask ``contribution()``: it is applied once, if at all.
+            ServiceError: It could not be sent, or the server is at fault.
         """
         return self._driver.run(self._operations.step(gradients, step=step, via=via))
+
+    def contribution(self) -> Contribution:
+        """Ask what became of the last step that this worker has sent, from whatever client."""
+        return self._driver.run(self._operations.contribution())
+
+    def resume(self) -> Parameters:
+        """Go on from where the session stands, whatever was known of it here.
+
+        For a worker that steps were lost of, and for one that takes the place of another. A step
+        that waits for the other workers, and has this worker's gradients, is waited for.
+
+        Returns:
+            The newest parameters, whose ``steps`` are the session's: the next step is one more.
+
+        Raises:
+            OptserveError: As of ``step`` and ``download``.
+        """
+        return self._driver.run(self._operations.resume())
 
     def gradient_buffers(self) -> dict[str, Array]:
         """Return writable arrays for gradients, by parameter: always the same ones.
 
         A step with these very arrays copies nothing where the server shares its memory (see
         ``ClientConfig.lane``); elsewhere they are arrays like others. Not to be written to during a
-        step; undefined after it.
+        step; undefined after it. A server that has started anew shares other memory: ask again
+        after ``resume()``.
         """
         return self._driver.run(self._operations.gradient_buffers())
 
@@ -176,16 +204,23 @@ class Session(SessionView):
         return self._driver.run(self._operations.download(names))
 
     def delete(self) -> SessionStatus:
-        """Make the server forget the session, for everybody, and return where it stood."""
-        self._driver.end_stream()
-        try:
-            return self._driver.run(self._operations.delete())
-        finally:
-            self.close()
+        """Make the server forget the session, for everybody, and return where it stood.
+
+        Of a session whose deletion was answered only after the connection had broken, that is its
+        id alone.
+        """
+        return self._delete(persist=True)
 
     def close(self) -> None:
         """End this worker's stream. The session lives on. May be called again."""
         self._driver.close()
+
+    def _delete(self, *, persist: bool) -> SessionStatus:
+        self._driver.end_stream()
+        try:
+            return self._driver.run(self._operations.delete(persist=persist))
+        finally:
+            self.close()
 
 
 # The asyncio face has no such things, and so the session shows no methods for them.

@@ -10,6 +10,7 @@ from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.tensor_pb2 import DataType, Encoding, TensorHeader
 from optserve.wire import whole
 from optserve_client import Wire, WireEncoding, optim
+from optserve_client._digest import StepDigest
 from optserve_client._encoded import GradientSources
 from optserve_client._exchange import PackedStep
 from optserve_client._incoming import arrays_of
@@ -23,7 +24,7 @@ W = TensorHeader(name="w", data_type=DataType.DATA_TYPE_FP32, shape=[2])
 def sent(sources: GradientSources, step: int, *gradient: float) -> bytes:
     """Return the bytes of a step's only gradient."""
     values = np.array(gradient, np.float32)
-    (source,) = sources.of(step, ["w"], [values.view(np.uint8).data])
+    (source,) = sources.of(step, StepDigest(["w"]), ["w"], [values.view(np.uint8).data])
     return whole(source)
 
 
@@ -72,7 +73,7 @@ def test_a_parameter_without_a_gradient_keeps_what_it_has() -> None:
     sources = GradientSources(INT8_BLOCKS)
     sent(sources, 1, 127, 0.3)
     sources.answered(1)
-    sources.of(2, [], [])
+    sources.of(2, StepDigest(["w"]), [], [])
     sources.answered(2)
     assert codes(sent(sources, 3, 127, 0.3)) == [127, 1]
 
@@ -92,7 +93,7 @@ def test_differences_are_added_to_the_answer_before() -> None:
 
 
 def test_differences_to_nothing_are_not_understood() -> None:
-    step = PackedStep(1, [], [W])
+    step = PackedStep(1, [], [W], StepDigest(["w"]))
     data = sent(GradientSources(INT8_BLOCKS), 1, 127, -1)
     answer = pb.PackedParameters(
         result=pb.StepResult(step=1), parameters=[data], encoding=INT8_BLOCKS

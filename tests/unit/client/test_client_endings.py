@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 from event_loop import TIMEOUT_S
+from faces import Connect
 from server_process import ServerProcess, running_server
 
 import optserve_client as optserve
@@ -20,9 +21,7 @@ from optserve_client import ClientConfig, aio
 
 SGD = optserve.optim.SGD(lr=0.5)
 LARGE = np.ones(4 << 20, np.float32)  # 16 MiB: far more than the network takes at once.
-GRPC = ClientConfig(lane="grpc", step_timeout_s=TIMEOUT_S)
-
-Connect = Callable[..., optserve.Client]
+GRPC = ClientConfig(lane="grpc", step_timeout_s=TIMEOUT_S, retry=optserve.Retry.never())
 
 
 @pytest.fixture
@@ -76,7 +75,9 @@ def test_a_server_that_dies_while_gradients_are_sent_is_unavailable() -> None:
     with running_server() as server:
         came = asyncio.run(asyncio.wait_for(play(server), TIMEOUT_S))
         server.process.wait(TIMEOUT_S)
-    assert [type(each) for each in came] == [optserve.UnavailableError] * 6
+    # The second, of a step that gRPC had taken as a whole.
+    allowed = (optserve.UnavailableError, optserve.StepUnknownError)
+    assert all(isinstance(each, allowed) for each in came), came
 
 
 def test_a_fault_of_the_server_is_told_as_such(connect: Connect) -> None:

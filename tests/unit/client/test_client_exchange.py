@@ -11,6 +11,7 @@ from optserve.v1.error_pb2 import Reason, Refusal
 from optserve.v1.session_pb2 import SessionStatus
 from optserve.v1.tensor_pb2 import DataType, TensorHeader
 from optserve.wire import Buffer, Chunk, split
+from optserve_client._digest import DigestedBuffer, StepDigest
 from optserve_client._exchange import (
     Download,
     LossEvaluation,
@@ -53,7 +54,9 @@ def step_of(gradient: Array = W_VALUES, room: Room | None = None) -> Step:
     """Return a step with a gradient for one of the two parameters, and so announced."""
     announced = pb.StepBegin(step=3, gradients=[W])
     into = room or Room([W, B])
-    return Step(announced, split([source_of(gradient)], 8), [W, B], into)
+    digest = StepDigest(["w", "b"])
+    sources = [DigestedBuffer(bytes_of(gradient), digest.part("w"))]
+    return Step(announced, split(sources, 8), [W, B], into, digest=digest)
 
 
 def step_of_every_parameter() -> Step:
@@ -63,7 +66,9 @@ def step_of_every_parameter() -> Step:
 
 
 def packed_step() -> PackedStep:
-    return PackedStep(3, [source_of(W_VALUES), source_of(np.asarray(B_VALUE))], [W, B])
+    digest = StepDigest(["w", "b"])
+    gradients = [source_of(W_VALUES), source_of(np.asarray(B_VALUE))]
+    return PackedStep(3, gradients, [W, B], digest)
 
 
 def begin(step: int = 3, parameters: Sequence[TensorHeader] = (W, B)) -> pb.TrainResponse:

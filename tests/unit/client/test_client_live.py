@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeAlias
 
 import grpc
 import numpy as np
 import pytest
+from faces import Connect
 from server_process import ServerProcess
 
 import optserve_client as optserve
@@ -20,9 +19,6 @@ from optserve_client import ClientConfig, TransferProgress, aio
 SGD = optserve.optim.SGD(lr=0.5)
 ONES = np.ones(3, np.float32)
 LARGE = np.arange(3 << 20, dtype=np.float32)  # 12 MiB: more than a message, and not a whole number.
-
-
-Connect: TypeAlias = Callable[..., optserve.Client]
 
 
 def test_a_numpy_loop_trains_a_classifier(client: optserve.Client) -> None:
@@ -107,11 +103,27 @@ def test_a_refused_step_changes_nothing_and_the_next_one_is_taken(
 def test_a_repeated_step_is_answered_again_and_applied_once(client: optserve.Client) -> None:
     with client.create_session({"w": ONES}, optimizer=SGD) as session:
         session.step({"w": ONES})
-        assert session.step({"w": -ONES}, step=1).replayed
+        assert session.step({"w": ONES}, step=1).replayed
         assert session.parameters["w"].tolist() == [0.5] * 3
         with pytest.raises(optserve.StepOutOfOrderError) as refused:
             session.step({"w": ONES}, step=7)
         assert (refused.value.expected, session.steps) == ("2", 1)
+
+
+@pytest.mark.parametrize("via", ["stream", "unary"])
+def test_a_repeated_step_with_other_content_is_a_conflict(
+    connect: Connect, server: ServerProcess, via: optserve.Via
+) -> None:
+    with (
+        connect(server.address, config=ClientConfig(lane="grpc")) as client,
+        client.create_session({"w": ONES, "b": ONES}, optimizer=SGD, via=via) as session,
+    ):
+        session.step({"w": ONES})
+        for others in ({"w": -ONES}, {"b": ONES}, {"w": ONES, "b": np.zeros_like(ONES)}):
+            with pytest.raises(optserve.StepConflictError):
+                session.step(others, step=1)
+        assert session.step({"w": ONES}, step=1).replayed
+        assert session.step({"w": -ONES}).step == 2
 
 
 def test_values_taken_before_a_step_stay_as_they_are(client: optserve.Client) -> None:
@@ -246,8 +258,9 @@ def test_a_step_without_an_answer_in_time_may_be_taken_again(
         connect(server.address, config=config) as client,
         client.create_session({"w": ONES}, optimizer=SGD, workers=2, via=via) as session,
     ):
-        with pytest.raises(optserve.DeadlineError, match=r"step 1 did not end within 0.3 s"):
+        with pytest.raises(optserve.StepUnknownError, match=r"did not end within 0.3 s") as caught:
             session.step({"w": ONES})
+        assert (caught.value.step, caught.value.code) == (1, "DEADLINE_EXCEEDED")
         assert session.status().steps == 0
         with optserve.connect(server.address) as other_client, ThreadPoolExecutor() as threads:
             other = other_client.join_session(session.session_id, worker=1)
@@ -255,7 +268,7 @@ def test_a_step_without_an_answer_in_time_may_be_taken_again(
             while not pending.done():  # The server may still be busy with the step given up.
                 try:
                     session.step({"w": ONES})
-                except (optserve.WorkerBusyError, optserve.DeadlineError):
+                except (optserve.WorkerBusyError, optserve.StepUnknownError):
                     continue
             assert pending.result().step == session.steps == 1
         assert session.parameters["w"].tolist() == [0.5] * 3
