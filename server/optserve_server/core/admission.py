@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from optserve_server.core.errors import LimitExceededError, MemoryExhaustedError
 from optserve_server.core.events import Observer
@@ -14,9 +15,10 @@ from optserve_server.core.optimizers import OPTIMIZERS, rehearse
 from optserve_server.core.spec import Encoding, GroupSpec, SessionSpec
 from optserve_server.core.tensors import TensorSpec
 
-_PARAMETER_OVERHEAD_BYTES = (
-    4096  # torch's and Python's objects around a parameter, its gradient and its state.
-)
+# Objects of torch and Python, which tiny tensors consist of. A test measures them.
+_PARAMETER_OVERHEAD_BYTES = 6144  # Around a parameter: 1.5 KiB; around its state: up to 3.6.
+TENSOR_OVERHEAD_BYTES = 3072
+"""Around a tensor that is received or sent: itself 0.6 KiB, views of its bytes 1.7, its name."""
 # What torch holds at a time beside parameters, gradients and state: so many tensors of the largest
 # one's size, or, if it treats all of a group together, of all of them. A test measures it.
 _TEMPORARIES_OF_ONE = 4
@@ -30,7 +32,7 @@ _RETRY_AFTER_S = (
 def session_bytes(spec: SessionSpec, device: torch.device) -> int:
     """Return how much memory a session takes at most.
 
-    Parameters, optimizer state, gradients, and torch's temporaries.
+    Parameters, optimizer state, gradients, torch's temporaries, and the weights of its loss.
 
     Raises:
         InvalidHyperparameterError: torch does not take the hyperparameters of a group.
@@ -51,9 +53,20 @@ def session_bytes(spec: SessionSpec, device: torch.device) -> int:
                 # What each worker has, to send it the differences.
                 total += parameter.byte_count * spec.workers
             total += parameter.element_count * state_bytes[parameter.dtype]
-            total += _PARAMETER_OVERHEAD_BYTES
+            total += _PARAMETER_OVERHEAD_BYTES + TENSOR_OVERHEAD_BYTES * spec.workers
         temporary_bytes = max(temporary_bytes, _temporary_bytes(group, parameters, device))
-    return total + temporary_bytes
+    return total + temporary_bytes + _loss_bytes(spec)
+
+
+def transfer_bytes(specs: Sequence[TensorSpec]) -> int:
+    """Return how much memory tensors take that are being received."""
+    return sum(spec.byte_count + TENSOR_OVERHEAD_BYTES for spec in specs)
+
+
+def _loss_bytes(spec: SessionSpec) -> int:
+    """Return how much memory the weights of a loss take: in the spec, and on the device."""
+    values = spec.loss.arguments.values() if spec.loss else ()
+    return 2 * sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 def _temporary_bytes(

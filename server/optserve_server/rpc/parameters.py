@@ -10,6 +10,7 @@ import grpc
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.wire import Chunk
 from optserve_server.core.actor import SessionActor
+from optserve_server.core.admission import transfer_bytes
 from optserve_server.core.errors import (
     InvalidNameError,
     MissingFieldError,
@@ -40,7 +41,8 @@ async def upload(
         )
     positions = actor.positions_of(specs, "begin.parameters")
     count = sum(spec.byte_count for spec in specs)
-    with registry.budget.reserved(count, what="the upload", field="begin.parameters"):
+    reserved = transfer_bytes(specs)
+    with registry.budget.reserved(reserved, what="the upload", field="begin.parameters"):
         values = [registry.surroundings.device.staging(spec) for spec in specs]
         targets = transfer.buffers(values)
         receiver = transfer.Receiver(targets, "begin.parameters[{}]".format, limits)

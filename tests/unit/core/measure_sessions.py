@@ -20,6 +20,7 @@ from optserve_server.core.device import Device
 from optserve_server.core.limits import Limits
 from optserve_server.core.session import Session
 from optserve_server.rpc.decode_spec import session_spec
+from optserve_server.rpc.encoded import GradientTargets, ParameterSources
 
 Options = Mapping[str, Any]
 
@@ -64,6 +65,15 @@ def _cases() -> Iterator[tuple[str, SessionSpec]]:
                 ]
                 spec = SessionSpec(parameters=headers, optimizer=case.message(hyperparameters))
                 yield f"{kind} {hyperparameters} {shapes_name} {DataType.Name(data_type)}", spec
+    for way in _ways("Adam", DataType.DATA_TYPE_FP32):
+        hyperparameters = {**EVERYTHING["Adam"], **way}
+        case = OptimizerCase(name="", kind="Adam", hyperparameters=hyperparameters, own={})
+        headers = [
+            TensorHeader(name=str(i).zfill(250), data_type=DataType.DATA_TYPE_FP32, shape=(1,))
+            for i in range(3_000)
+        ]
+        spec = SessionSpec(parameters=headers, optimizer=case.message(hyperparameters))
+        yield f"Adam {hyperparameters} FP32 tiny", spec
 
 
 def _ways(kind: str, data_type: DataType.ValueType) -> list[Options]:
@@ -77,20 +87,24 @@ def _ways(kind: str, data_type: DataType.ValueType) -> list[Options]:
 
 
 def _measure(message: SessionSpec) -> tuple[int, int]:
-    spec = session_spec(message, Limits())
-    reserved = session_bytes(spec, CPU.torch)
     gc.collect(1)
     before = _memory("VmRSS")
+    spec = session_spec(message, Limits())
+    reserved = session_bytes(spec, CPU.torch)
     session = Session(spec, CPU, Limits())
+    # As a stream of its worker has them.
+    sources = ParameterSources(spec.wire.parameters).of(session.parameters)
+    staging = [CPU.staging(parameter) for parameter in spec.parameters]
+    targets = GradientTargets(spec.wire.gradients).of(staging)
     session.set_parameters(dict.fromkeys(range(len(spec.parameters)), torch.zeros(())))
     _forget_peak()
     for _ in range(2):
-        gradients = [CPU.staging(parameter) for parameter in spec.parameters]
-        for gradient in gradients:
+        for gradient in staging:
             gradient.fill_(1)
-        session.step(gradients)
-        del gradient, gradients
-    return reserved, _memory("VmHWM") - before
+        session.step(list(staging))
+    taken = _memory("VmHWM") - before
+    del sources, targets  # Held until now.
+    return reserved, taken
 
 
 def _memory(key: str) -> int:

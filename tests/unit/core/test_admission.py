@@ -9,11 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from messages import message_of
+from scenarios.models import spec
 
-from optserve_server.core.admission import Budget
+from optserve.v1.loss_pb2 import CrossEntropyLoss
+from optserve.v1.optimizer_pb2 import SGD
+from optserve_server.core.admission import Budget, session_bytes
 from optserve_server.core.errors import LimitExceededError, MemoryExhaustedError
 from optserve_server.core.events import NullObserver
 from optserve_server.core.limits import Limits
+from optserve_server.rpc.decode_spec import session_spec
 
 TESTS = Path(__file__).parents[2]
 SLACK_BYTES = 1 << 20  # Of what else happens in a process between two looks.
@@ -72,3 +78,15 @@ def test_a_budget_gives_what_it_has_and_takes_it_back() -> None:
     budget.check_session(60, field="here")
     with pytest.raises(LimitExceededError):
         budget.check_session(61, field="here")
+
+
+def test_the_weights_of_a_loss_are_reserved() -> None:
+    weight = torch.ones(100_000)
+    plain, weighted = (
+        session_bytes(
+            session_spec(spec(SGD(), loss=CrossEntropyLoss(weight=message)), Limits()),
+            torch.device("cpu"),
+        )
+        for message in (None, message_of(weight))
+    )
+    assert weighted - plain == 2 * weight.nbytes
