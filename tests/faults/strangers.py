@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import jwt
@@ -99,7 +100,8 @@ class Provider:
     def _signed(
         self, claims: dict[str, object], key: _Key | None, algorithm: str, key_id: str
     ) -> str:
-        return jwt.encode(claims, key, algorithm=algorithm, headers={"kid": key_id})
+        headers = {"kid": key_id} if key_id else None
+        return jwt.encode(claims, key or "", algorithm=algorithm, headers=headers)
 
 
 def _hmac_signed(claims: dict[str, object], secret: bytes) -> str:
@@ -238,7 +240,7 @@ def call(
     Raises:
         RefusedError: It has none.
     """
-    kind = [
+    kind: Any = [
         [channel.unary_unary, channel.unary_stream],
         [channel.stream_unary, channel.stream_stream],
     ][method.client_streaming][method.server_streaming]
@@ -250,11 +252,9 @@ def call(
     argument = iter([request]) if method.client_streaming else request
     try:
         answer = ask(argument, timeout=TIMEOUT_S, metadata=metadata)
-        if not method.server_streaming:
-            return answer
-        try:
-            return next(answer)
-        finally:
-            answer.cancel()
+        first: Message = next(answer) if method.server_streaming else answer
     except grpc.RpcError as error:
         raise RefusedError.from_call(error) from error
+    if method.server_streaming:
+        answer.cancel()
+    return first

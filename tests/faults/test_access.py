@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -27,6 +28,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from refusals import RefusedError, refused
 
+from optserve_server.rpc import probe
 from optserve_server.rpc.server import SERVICE
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
@@ -48,11 +50,9 @@ GUARDED = [
     for method in service.methods
     if (path := f"{name}/{method.name}") not in OPEN
 ]
-OF_SESSIONS = [
-    pytest.param(method, id=method.name)
-    for method in SERVICE.methods
-    if names_session(method.input_type)
-]
+OF_SESSIONS = {
+    method.name: method for method in SERVICE.methods if names_session(method.input_type)
+}
 OF_NO_SESSION = {"CreateSession", "ListSessions", "GetCatalogue", "GetServerInfo"}
 
 
@@ -81,7 +81,7 @@ def test_the_walk_leaves_out_nothing_that_is_served(closed: ClosedGround) -> Non
     assert isinstance(answer, reflection_pb2.ServerReflectionResponse)
     assert {each.name for each in answer.list_services_response.service} == set(SERVICES)
     walked = {method.name for method in SERVICE.methods} - OF_NO_SESSION
-    assert walked == {each.values[0].name for each in OF_SESSIONS}
+    assert walked == set(OF_SESSIONS)
 
 
 @pytest.mark.parametrize(("service", "method"), GUARDED)
@@ -119,14 +119,14 @@ def test_who_shows_no_certificate_or_another_authority_s_is_not_connected(
     request = request_for(method.input_type, by_certificate.where.session_id)
     before = by_certificate.where.look()
     for certificate in (None, Authority().client(common_name=OWNER)):
-        with by_certificate.channel(client=certificate) as channel:
-            with pytest.raises(RefusedError) as caught:
-                call(channel, method, request, service=service)
+        channel = by_certificate.channel(client=certificate)
+        with channel, pytest.raises(RefusedError) as caught:
+            call(channel, method, request, service=service)
         assert caught.value.code is grpc.StatusCode.UNAVAILABLE
     assert by_certificate.where.look() == before
 
 
-@pytest.mark.parametrize("method", OF_SESSIONS)
+@pytest.mark.parametrize("method", OF_SESSIONS.values(), ids=OF_SESSIONS)
 def test_another_tenant_s_session_is_answered_as_one_that_is_not_there(
     method: MethodDescriptor, closed: ClosedGround
 ) -> None:
@@ -140,7 +140,7 @@ def test_another_tenant_s_session_is_answered_as_one_that_is_not_there(
     assert closed.where.look() == before
 
 
-@pytest.mark.parametrize("method", OF_SESSIONS)
+@pytest.mark.parametrize("method", OF_SESSIONS.values(), ids=OF_SESSIONS)
 def test_what_strangers_are_refused_reaches_the_session_of_its_owner(
     method: MethodDescriptor, closed: ClosedGround
 ) -> None:
@@ -232,6 +232,35 @@ def test_a_certificate_without_a_common_name_says_by_its_only_other_name_who_cal
         refused("UNAUTHENTICATED"),
     ):
         ChannelDriver(channel).get(where.session_id)
+
+
+def test_who_tries_many_tokens_does_not_fill_the_log(
+    by_token: ClosedGround, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(50):
+        with (
+            by_token.channel(token=secrets.token_urlsafe(32)) as channel,
+            refused("UNAUTHENTICATED"),
+        ):
+            ChannelDriver(channel).sessions()
+    assert len([each for each in caplog.records if "who it is" in each.message]) <= 2
+
+
+def test_a_probe_shows_a_certificate_where_every_client_must(
+    by_certificate: ClosedGround, tmp_path: Path
+) -> None:
+    root, certificate, key = (tmp_path / name for name in ("root.pem", "own.pem", "own.key"))
+    own = by_certificate.authority.client(common_name="probe")
+    root.write_bytes(by_certificate.authority.root)
+    certificate.write_bytes(own.certificate)
+    key.write_bytes(own.key)
+    trusting = [by_certificate.address, "--tls-ca", str(root)]
+    showing = ["--tls-certificate", str(certificate), "--tls-key", str(key)]
+    assert "UNAVAILABLE" in str(probe.main([by_certificate.address]))
+    assert "UNAVAILABLE" in str(probe.main(trusting))
+    assert "UNAVAILABLE" in str(probe.main([*trusting, *showing, "--tls-name", "other.example"]))
+    assert probe.main([*trusting, *showing]) == 0
+    assert probe.main([*trusting, *showing, "--tls-name", "localhost"]) == 0
 
 
 def _refusal(channel: grpc.Channel, method: MethodDescriptor, session_id: str) -> RefusedError:

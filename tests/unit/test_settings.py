@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,62 @@ def test_a_variable_of_somebody_else_is_left_alone() -> None:
         *("OPTSERVE_PORT_50051_TCP", "OPTSERVE_PORT_50051_TCP_ADDR", "OPTSERVE_PORT_9464_TCP_PORT"),
     ]
     load([], dict.fromkeys([*kubernetes, "SESIONS_MAX", "OPTSERVE_FAILPOINTS"], "x"))
+
+
+TLS = ["--tls-certificate", "server.pem", "--tls-key", "server.key"]
+JWT = {"--jwt-jwks": "keys.json", "--jwt-issuer": "https://a.example", "--jwt-audience": "b"}
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.8.9.1", "::1", "localhost", "unix:/run/optserve.sock"]
+)
+def test_what_only_this_host_can_reach_needs_no_tls(host: str) -> None:
+    assert load(["--host", host], {}).is_private
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", "localhost.example"])
+def test_what_others_can_reach_needs_tls_or_a_flag(host: str) -> None:
+    with pytest.raises(ValidationError, match="there is no TLS"):
+        load(["--host", host], {})
+    assert not load(["--host", host, "--allow-plaintext", "true"], {}).is_private
+    assert load(["--host", host, *TLS], {}).tls_certificate == Path("server.pem")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(TLS[:2], id="certificate-without-key"),
+        pytest.param(TLS[2:], id="key-without-certificate"),
+        pytest.param(["--tls-client-ca", "clients.pem"], id="clients-without-tls"),
+        pytest.param([*JWT.items()][0], id="keys-without-issuer"),
+        pytest.param([*JWT.items()][1], id="issuer-without-keys"),
+        pytest.param([*JWT.items()][2], id="audience-without-keys"),
+    ],
+)
+def test_settings_that_need_others_do_not_stand_alone(flags: Sequence[str]) -> None:
+    with pytest.raises(ValidationError, match="need"):
+        load(list(flags), {})
+
+
+@pytest.mark.parametrize(
+    ("place", "allowed"),
+    [
+        ("https://a.example/keys", True),
+        ("http://127.0.0.1:80/keys", True),
+        ("http://localhost/keys", True),
+        ("/etc/optserve/keys.json", True),
+        ("http://a.example/keys", False),
+        ("ftp://a.example/keys", False),
+        ("file:///etc/keys.json", False),
+    ],
+)
+def test_keys_come_from_where_nobody_can_change_them(place: str, allowed: bool) -> None:
+    flags = [word for flag in {**JWT, "--jwt-jwks": place}.items() for word in flag]
+    if allowed:
+        assert load(flags, {}).jwt_jwks == place
+    else:
+        with pytest.raises(ValidationError, match="https URL, or a file"):
+            load(flags, {})
 
 
 def test_server_says_what_is_wrong_and_ends() -> None:

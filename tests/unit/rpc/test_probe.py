@@ -43,9 +43,17 @@ def test_no_server_fails_with_the_reason() -> None:
     assert "UNAVAILABLE" in str(main(["127.0.0.1:1"]))
 
 
-def test_it_takes_exactly_one_address() -> None:
-    assert str(main([])).startswith("usage: ")
-    assert str(main(["127.0.0.1:1", "127.0.0.1:2"])).startswith("usage: ")
+@pytest.mark.parametrize("addresses", [[], ["127.0.0.1:1", "127.0.0.1:2"]], ids=len)
+def test_it_takes_exactly_one_address(
+    addresses: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(addresses)
+    assert capsys.readouterr().err.startswith("usage: ")
+
+
+def test_a_file_that_cannot_be_read_is_named() -> None:
+    assert "/no/such/file" in str(main(["127.0.0.1:1", "--tls-ca", "/no/such/file"]))
 
 
 def test_as_a_command_it_exits_with_0_or_1_and_needs_no_torch(
