@@ -10,17 +10,13 @@ from pathlib import Path
 from random import Random
 
 from faults.machines.decoders import DECODERS, Decoder
-from faults.machines.frame import Effort, Report
+from faults.machines.frame import FAULTY, Effort, Report
 from faults.machines.mutation import mutated
-from sources import ROOT
 
 _INPUT_BYTES_MAX = 4096
 _HANG_S = 10  # Of one input: what is decoded here takes milliseconds.
 _LINES_SHOWN = 30
 _ADVANCE = 1_000
-
-FAULTY = ROOT / "build" / "soak"
-"""Where inputs are kept that a decoder was at fault with."""
 
 
 def decode(effort: Effort) -> Report:

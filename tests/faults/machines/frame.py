@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sources import ROOT
+
+FAULTY = ROOT / "build" / "soak"
+"""Where is kept what something was at fault with."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from faults.machines.decoding import decode
 from faults.machines.frame import Machine
+from faults.machines.simulating import run_seeds
 
 MACHINES = (
     Machine(
@@ -14,5 +15,14 @@ MACHINES = (
         whole_s=120,
         test_count=10_000,
         run=decode,
+    ),
+    Machine(
+        name="simulation",
+        summary="clients, connections and threads of chance around the core, in one thread",
+        unit="seeds",
+        whole_count=10_000,
+        whole_s=200,
+        test_count=120,
+        run=run_seeds,
     ),
 )
