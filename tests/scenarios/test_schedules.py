@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from drivers import Driver, take
 from refusals import refused
 from scenarios.models import EPOCHS_UNIT, assert_same, create, gradients, spec
 
 from optserve.v1.optimizer_pb2 import SGD
+from optserve.v1.optimizer_service_pb2 import UpdateSessionRequest
 from optserve.v1.scheduler_pb2 import ExponentialLR, LambdaLR, StepLR
 
 
@@ -102,3 +104,51 @@ def test_a_schedule_of_epochs_that_comes_to_its_end_refuses_the_epoch(driver: Dr
         with refused("SCHEDULE_FAILED"):
             driver.end_epoch(session_id, 1)
         assert take(worker, 2, gradients(2)).result.epochs == 0
+
+
+def test_a_rate_that_would_overflow_refuses_the_step_and_changes_nothing(driver: Driver) -> None:
+    scheduler = ExponentialLR(gamma=1e200)
+    session_id = create(driver, spec(SGD(lr=1e-300), scheduler=scheduler))
+    with driver.worker(session_id) as worker:
+        for step in (1, 2, 3):  # With 1e-300, 1e-100 and 1e100; then 1e300, and no more.
+            before = take(worker, step, {"w": torch.zeros(3, 5)}).parameters
+        with refused("SCHEDULE_FAILED", field="scheduler") as caught:
+            take(worker, 4, gradients(4))
+    assert caught.value.actual == "inf"
+    assert driver.get(session_id).status.steps == 3
+    assert_same(driver.download(session_id), before)
+
+
+def test_a_first_rate_that_overflows_is_refused(driver: Driver) -> None:
+    scheduler = LambdaLR(lr_lambda="1e300")
+    with refused("INVALID_HYPERPARAMETER", field="spec.scheduler"):
+        create(driver, spec(SGD(lr=1e300), scheduler=scheduler))
+
+
+def test_a_rate_to_which_the_present_is_in_no_proportion_is_refused(driver: Driver) -> None:
+    scheduler = LambdaLR(lr_lambda="1e-320 if epoch else 1")
+    session_id = create(driver, spec(SGD(lr=1), scheduler=scheduler))
+    with driver.worker(session_id) as worker:
+        take(worker, 1, gradients(1))
+    before = driver.get(session_id)
+    request = UpdateSessionRequest(session_id=session_id)
+    request.optimizer.sgd.lr = 0.5
+    with refused("INVALID_HYPERPARAMETER", field="optimizer.lr"):
+        driver.update(request)
+    assert driver.get(session_id) == before
+
+
+def test_from_a_rate_of_zero_a_schedule_goes_on_as_if_it_had_begun_with_what_is_set(
+    driver: Driver,
+) -> None:
+    scheduler = LambdaLR(lr_lambda="epoch / 4")
+    session_id = create(driver, spec(SGD(lr=1), scheduler=scheduler))
+    assert _rate(driver, session_id) == 0
+    request = UpdateSessionRequest(session_id=session_id)
+    request.optimizer.sgd.lr = 0.5
+    driver.update(request)
+    assert _rate(driver, session_id) == 0.5
+    with driver.worker(session_id) as worker:
+        for step in (1, 2, 3):
+            take(worker, step, gradients(step))
+            assert _rate(driver, session_id) == 0.5 * step / 4

@@ -214,3 +214,15 @@ def test_a_deleted_session_ends_the_streams_of_those_who_wait_and_of_those_who_r
         assert caught.value.reason == "SESSION_DELETED"
     with refused("SESSION_NOT_FOUND", field="session_id"):
         driver.get(session_id)
+
+
+def test_a_mean_of_fp16_that_fits_is_right_where_its_sum_would_overflow(driver: Driver) -> None:
+    large = 0.9 * torch.finfo(torch.float16).max
+    values = {"w": torch.zeros(4, dtype=torch.float16)}
+    wanted = spec(SGD(lr=1), parameters=values, workers=3)
+    session_id = driver.create(wanted, values).status.session_id
+    gradient = {"w": torch.tensor([large, -large, 1.0, 2.0], dtype=torch.float16)}
+    with ExitStack() as stack:
+        workers = [stack.enter_context(driver.worker(session_id, i)) for i in range(3)]
+        for answer in [worker.start(1, gradient) for worker in workers]:
+            assert torch.equal(answer.result(TIMEOUT_S).parameters["w"], -gradient["w"])

@@ -6,11 +6,14 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from optserve_server.core.device import Device
 from optserve_server.core.errors import OptserveError, StepConflictError
 from optserve_server.core.outcome import StepOutcome
+
+_NARROW = (torch.float16, torch.bfloat16)
 
 
 class Round:
@@ -119,13 +122,21 @@ class LastContribution:
 
 
 def _mean(gradients: Sequence[Tensor | None], workers: int, device: Device) -> Tensor | None:
-    total: Tensor | None = None
+    first: Tensor | None = None
     for gradient in gradients:
         if gradient is None:
             continue
         loaded = device.load(gradient)
-        total = loaded if total is None else total.add_(loaded)
-    return total if total is None or workers == 1 else total.div_(workers)
+        if first is None:
+            first = loaded
+            # A sum of FP16 overflows where its mean does not. The memory is that of a norm's copy.
+            total = first.float() if first.dtype in _NARROW and workers > 1 else first
+        else:
+            total.add_(loaded)
+    if first is None or workers == 1:
+        return first
+    total.div_(workers)
+    return total if total is first else first.copy_(total)
 
 
 def _retrieve(done: asyncio.Future[StepOutcome]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from optserve_server.core.errors import (
     InvalidExpressionError,
     InvalidFieldError,
+    InvalidHyperparameterError,
     MissingFieldError,
     ScheduleFailedError,
 )
@@ -65,6 +67,7 @@ class Schedule:
             InvalidExpressionError: An expression is not arithmetic, or has no finite value for the
                 first count.
             InvalidFieldError: There are not as many expressions as groups.
+            InvalidHyperparameterError: A first rate is not finite.
         """
         arguments: dict[str, Any] = dict(choice.arguments)
         self._expressions: list[Expression] = []
@@ -72,23 +75,52 @@ class Schedule:
             self._expressions = _expressions(arguments, len(optimizer.param_groups), limits)
             arguments = {"lr_lambda": self._expressions}
         self._torch = SCHEDULERS[choice.kind].torch_class(optimizer, **arguments)
+        for group, rate in enumerate(self._torch.get_last_lr()):
+            if not math.isfinite(rate):
+                raise InvalidHyperparameterError(
+                    f"the schedule gives group {group} the learning rate {float(rate)}",
+                    field="scheduler",
+                    expected="a finite learning rate",
+                    actual=float(rate),
+                )
 
     def check_next(self) -> None:
         """Make sure that advance() will work, before anything is changed.
 
         Raises:
-            ScheduleFailedError: An expression has no finite value for the next count.
+            ScheduleFailedError: An expression has no finite value for the next count, or a rate
+                would not be finite.
         """
-        for expression in self._expressions:
-            try:
-                expression(self._torch.last_epoch + 1)
-            except InvalidExpressionError as error:
-                raise ScheduleFailedError(
-                    f"{error.message}: the schedule has come to its end",
-                    field=error.field,
-                    expected=error.expected,
-                    actual=error.actual,
-                ) from None
+        try:
+            rates = self._next_rates()
+        except InvalidExpressionError as error:
+            raise ScheduleFailedError(
+                f"{error.message}: the schedule has come to its end",
+                field=error.field,
+                expected=error.expected,
+                actual=error.actual,
+            ) from None
+        except OverflowError:  # Of Python's floats; others become infinite.
+            rates = [math.inf]
+        if not all(map(math.isfinite, rates)):
+            raise ScheduleFailedError(
+                "the next learning rate would not be finite: the schedule has come to its end",
+                field="scheduler",
+                expected="a finite learning rate",
+                actual=", ".join(str(float(rate)) for rate in rates),
+            )
+
+    def _next_rates(self) -> Sequence[float]:
+        """Return the rates that advance() will set, from torch itself, which only looks."""
+        scheduler = self._torch
+        scheduler.last_epoch += 1
+        # Or torch would warn that the rates of now are asked for elsewhere.
+        scheduler._get_lr_called_within_step = True  # noqa: SLF001
+        try:
+            return [float(rate) for rate in scheduler.get_lr()]
+        finally:
+            scheduler.last_epoch -= 1
+            scheduler._get_lr_called_within_step = False  # noqa: SLF001
 
     def advance(self) -> None:
         """Set the rates of the next count; check_next() said that it will work."""
@@ -119,16 +151,38 @@ class Schedule:
         # Or torch would warn that the schedule advances before the optimizer's first step.
         self._torch.optimizer._opt_called = stepped  # type: ignore[attr-defined]  # noqa: SLF001
 
-    def rebase(self, group: int, lr: float) -> None:
-        """Make ``lr`` the rate of a group from now on.
+    def check_rebase(self, group: int, lr: float) -> None:
+        """Make sure that rebase() will work, before anything is changed.
 
-        The schedule goes on from it in proportion.
+        Raises:
+            InvalidHyperparameterError: The present rate is so small that ``lr`` is in no proportion
+                to it.
+        """
+        if not math.isfinite(self._base(group, lr)):
+            rate = float(self._torch.optimizer.param_groups[group]["lr"])
+            raise InvalidHyperparameterError(
+                f"the schedule cannot go on in proportion from {rate} to {lr}: the rate that it"
+                " began with would not be finite",
+                field="optimizer.lr",
+                expected=f"a learning rate in proportion to {rate}",
+                actual=lr,
+            )
+
+    def rebase(self, group: int, lr: float) -> None:
+        """Make ``lr`` the rate of a group from now on; check_rebase() said that it will work.
+
+        The schedule goes on from it in proportion. From a rate of 0, to which nothing is in
+        proportion, it goes on as if it had begun with ``lr``.
         """
         torch_group = self._torch.optimizer.param_groups[group]
-        factor = lr / torch_group["lr"] if torch_group["lr"] else None
-        base = lr if factor is None else self._torch.base_lrs[group] * factor
+        base = self._base(group, lr)
         self._torch.base_lrs[group] = torch_group["initial_lr"] = base
         torch_group["lr"] = lr
+
+    def _base(self, group: int, lr: float) -> float:
+        """Return the rate that the schedule would have begun with if ``lr`` were the present."""
+        present = float(self._torch.optimizer.param_groups[group]["lr"])
+        return float(self._torch.base_lrs[group]) * (lr / present) if present else lr
 
 
 def _expressions(arguments: Mapping[str, Value], groups: int, limits: Limits) -> list[Expression]:

@@ -326,11 +326,14 @@ class Session:
             rates_set: For each group, whether its ``lr`` is what the next step shall use.
 
         Raises:
-            CallerError: torch does not take the loss. Nothing was changed.
+            CallerError: torch does not take the loss, or the schedule a rate. Nothing was changed.
         """
         loss = self._loss
         if spec.loss is not self.spec.loss:
             loss = LossFunction(spec.loss, self._device.torch) if spec.loss else None
+        for position, (group, rate_set) in enumerate(zip(spec.groups, rates_set, strict=True)):
+            if rate_set and self._schedule:
+                self._schedule.check_rebase(position, group.hyperparameters["lr"])
         self._record(SpecChange(spec=spec, rates_set=rates_set))
         torch_groups = self._optimizer.param_groups
         for position, (group, rate_set) in enumerate(zip(spec.groups, rates_set, strict=True)):
