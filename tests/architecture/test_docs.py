@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 from pydantic import ByteSize
-from server_process import ServerProcess
+from server_process import ServerProcess, running_server
 from sources import ROOT, written
 
 from optserve.v1.optimizer_service_pb2 import Limits
 from optserve_server import config
 from optserve_server.config import Config
+from optserve_server.rpc import probe
 
 DOCUMENTS = written(".md")
 EXAMPLES_ADDRESS = "localhost:50051"  # What the examples connect to.
@@ -71,9 +72,20 @@ def test_command_is_right(words: list[str]) -> None:
     elif arguments[:1] == ["-m"]:
         subprocess.run([sys.executable, *arguments, "--help"], check=True, stdout=subprocess.PIPE)
     else:
-        assert program in ("docker", "pip")
+        assert program in ("docker", "openssl", "pip")
     files = [word for word in arguments if word.startswith("./") or word.endswith((".py", ".yml"))]
     assert not [file for file in files if not (ROOT / file).exists()]
+
+
+def test_certificates_can_be_made_as_it_is_said(tmp_path: Path) -> None:
+    (block,) = [block for _, block in _blocks("bash") if "openssl" in block]
+    subprocess.run(["bash", "-e", "-c", block], cwd=tmp_path, check=True, capture_output=True)
+    root, certificate, key = (tmp_path / name for name in ("root.pem", "server.pem", "server.key"))
+    flags = ["--tls-certificate", str(certificate), "--tls-key", str(key), "--tls-client-ca"]
+    with running_server(*flags, str(root)) as server:
+        own = ["--tls-certificate", str(tmp_path / "alice.pem")]
+        own += ["--tls-key", str(tmp_path / "alice.key")]
+        assert probe.main([server.address, "--tls-ca", str(root), *own]) == 0
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=_name)

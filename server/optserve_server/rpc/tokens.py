@@ -9,6 +9,7 @@ trying, and it needs no salt.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import secrets
@@ -96,11 +97,14 @@ def _sha256(entry: Mapping[str, object]) -> bytes:
 
 
 def main(arguments: list[str]) -> int | str:
-    """Make a token for the only argument; return the exit code."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        return "usage: python -m optserve_server.rpc.tokens TENANT >> FILE"
+    """Make a token for a tenant; return the exit code, or what is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m optserve_server.rpc.tokens",
+        description="Make a token: it is shown on standard error, its entry on standard output.",
+    )
+    parser.add_argument("tenant", help="whose the token is to be")
     try:
-        token, entry = made(arguments[0])
+        token, entry = made(parser.parse_args(arguments).tenant)
     except ValueError as error:
         return str(error)
     sys.stderr.write(f"the token, which is shown once: {token}\n")

@@ -53,9 +53,13 @@ def test_what_can_be_no_tenant_s_name_is_refused(tenant: str) -> None:
     assert "1 to 256 printable" in str(main([tenant]))
 
 
-@pytest.mark.parametrize("arguments", [[], ["alice", "bob"], ["--help"]], ids=len)
-def test_it_takes_exactly_one_tenant(arguments: list[str]) -> None:
-    assert str(main(arguments)).startswith("usage: ")
+@pytest.mark.parametrize("arguments", [[], ["alice", "bob"]], ids=len)
+def test_it_takes_exactly_one_tenant(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert capsys.readouterr().err.startswith("usage: ")
 
 
 @pytest.mark.parametrize(
