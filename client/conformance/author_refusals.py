@@ -41,7 +41,7 @@ def bad_steps(via: str) -> Scenario:
             bad(gradients_of(2), "STEP_OUT_OF_ORDER", 3, expected="2", actual="3"),
             bad(gradients_of(2), "STEP_OUT_OF_ORDER", 0, expected="2"),
             step(1, gradients_of(1), via=via),
-            step(1, gradients_of(3), via=via),
+            step(1, gradients_of(1), via=via),
             step(2, gradients_of(2), via=via),
             step(None, gradients_of(3), via=via),
             plain("get_session"),

@@ -39,7 +39,7 @@ def _every_gradient(shape: list[int], session: str) -> list[Json]:
         create(spec, session),
         join(session),
         step(1, _layers(shape, 2), session),
-        step(1, _layers(shape, 3), session),
+        step(1, _layers(shape, 2), session),
         refused(step(3, _layers(shape, 3), session), "STEP_OUT_OF_ORDER", expected="2"),
         refused(step(2, [weight, nothing, nan], session), "NON_FINITE_GRADIENT", names="bias"),
         step(2, [bias, weight, nothing], session),

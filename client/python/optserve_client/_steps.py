@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
+from xxhash import xxh3_128
 
 from optserve.limits import MESSAGE_BYTES_MAX, MESSAGE_HEADROOM_BYTES
 from optserve.v1 import optimizer_service_pb2 as pb
@@ -61,8 +62,7 @@ class StepWays:
         self._gradients = GradientSources(self._encoding)
         # What the answer to the last streamed step has brought: the next one may build on it.
         self._reference: list[Array] | None = None
-        # The last step in shared memory, whose digest says nothing of its content.
-        self._drawn = (0, b"")
+        self._seed = secrets.token_bytes(DIGEST_BYTES)
         self.packs = total_bytes(self._headers) <= terms.chunk_bytes
         """Whether a step with every gradient is one message each way, if it has to travel."""
 
@@ -74,7 +74,7 @@ class StepWays:
     def forget(self) -> None:
         """Forget what steps have left behind: the next one does not follow the last one."""
         self._gradients = GradientSources(self._encoding)
-        self._drawn = (0, b"")
+        self._seed = secrets.token_bytes(DIGEST_BYTES)
 
     def bytes_of(self, header: TensorHeader, gradient: ArrayLike, at: int) -> memoryview:
         """Return the bytes of a gradient, the one at position ``at`` of a step.
@@ -164,9 +164,8 @@ class StepWays:
             Tensor(header=header, data=whole(source))
             for header, source in zip(step.headers, sources, strict=True)
         ]
-        number, drawn = self._drawn
         if not step.has_arrived:
-            step.digest = drawn if number == step.number else digest.value()
+            step.digest = self._drawn(step.number) or digest.value()
         request = pb.StepRequest(
             session_id=self._session_id,
             worker=self._worker,
@@ -189,9 +188,7 @@ class StepWays:
 
     def _opened_for(self, step: PendingStep) -> Operation[None]:
         """See to it that the stream is open, and learn whether the server has the step."""
-        number, digest = self._drawn
-        if number == step.number:
-            step.digest = digest
+        step.digest = step.digest or self._drawn(step.number)
         opened = yield from self.open()
         if opened is not None:
             step.look_for(opened.contribution)
@@ -220,12 +217,20 @@ class StepWays:
 
     def _written(self, step: PendingStep, absent: Sequence[int]) -> Taking:
         """Take a step whose gradients are in shared memory, but for those at ``absent``."""
-        if self._drawn[0] != step.number:  # To hash would take a tenth of the step.
-            self._drawn = step.number, secrets.token_bytes(DIGEST_BYTES)
-        shared = exchanges.SharedStep(step.number, absent, self._drawn[1])
+        shared = exchanges.SharedStep(step.number, absent, self._drawn(step.number))
         yield from self._converse(step, shared)
         assert shared.result is not None
         return shared.result, self._shared.parameters
+
+    def _drawn(self, number: int) -> bytes:
+        """Return what a step in shared memory is known by, whatever its gradients; else nothing.
+
+        To hash them would take a tenth of the step. It is the same one when the step is taken
+        again, and no other client's.
+        """
+        if self._shared.closed_because:
+            return b""
+        return xxh3_128(self._seed + number.to_bytes(8)).digest()
 
     def _chunked(
         self, step: PendingStep, chunks: Iterable[list[Chunk]], digest: StepDigest | None
@@ -266,7 +271,6 @@ class StepWays:
             raise
         if exchange.refusal is not None:
             step.is_unknown = step.has_arrived = False
-            self._drawn = (0, b"")  # What is taken next under this number is another step.
             raise from_refusal(exchange.refusal)
 
     def _spare(self) -> Room:
