@@ -22,6 +22,7 @@ from optserve.v1.session_pb2 import Session, SessionSpec, SessionStatus, Split
 from optserve_server.core.actor import SessionActor
 from optserve_server.core.device import Device
 from optserve_server.core.errors import OptserveError
+from optserve_server.core.evaluation import evaluate
 from optserve_server.core.events import NullObserver
 from optserve_server.core.limits import Limits
 from optserve_server.core.registry import SessionRegistry
@@ -83,7 +84,10 @@ class CoreDriver:
         return self._run(created())
 
     def get(self, session_id: str) -> Session:
-        return self._call(lambda: encode.session(self.registry.find(session_id)))
+        async def got() -> Session:
+            return encode.session(await self.registry.find(session_id))
+
+        return self._run(got())
 
     def sessions(self, page_size: int = 0, page_token: str = "") -> pb.ListSessionsResponse:
         after, count = decode.page(page_size, page_token, 100)
@@ -104,7 +108,7 @@ class CoreDriver:
 
     def upload(self, session_id: str, values: Tensors) -> SessionStatus:
         async def uploaded() -> SessionStatus:
-            actor = self.registry.find(session_id)
+            actor = await self.registry.find(session_id)
             await _set(actor, values)
             return encode.session_status(actor)
 
@@ -112,7 +116,7 @@ class CoreDriver:
 
     def download(self, session_id: str, names: Sequence[str] = ()) -> dict[str, Tensor]:
         async def downloaded() -> dict[str, Tensor]:
-            actor = self.registry.find(session_id)
+            actor = await self.registry.find(session_id)
             actor.session.check_ready()
             values = await _parameters(actor)
             return {name: values[name] for name in names} if names else values
@@ -134,13 +138,16 @@ class CoreDriver:
             wait([serving])
 
     def contribution(self, session_id: str, worker: int = 0) -> pb.GetContributionResponse:
-        return self._call(lambda: _contribution(self.registry.find(session_id), worker))
+        async def asked() -> pb.GetContributionResponse:
+            return _contribution(await self.registry.find(session_id), worker)
+
+        return self._run(asked())
 
     def end_epoch(self, session_id: str, epoch: int) -> SessionStatus:
         async def ended() -> SessionStatus:
-            actor = self.registry.find(session_id)
+            actor = await self.registry.find(session_id)
             async with actor.writing() as session:
-                session.end_epoch(epoch)
+                await actor.make(lambda: session.end_epoch(epoch))
             return encode.session_status(actor)
 
         return self._run(ended())
@@ -155,9 +162,9 @@ class CoreDriver:
         gradient: bool = False,
     ) -> Evaluation:
         async def evaluated() -> Evaluation:
-            actor = self.registry.find(session_id)
-            outcome = await actor.evaluate(
-                decode.split(split), predictions, targets, with_gradient=gradient
+            actor = await self.registry.find(session_id)
+            outcome = await evaluate(
+                actor, decode.split(split), predictions, targets, with_gradient=gradient
             )
             return Evaluation(
                 result=encode.loss_result(outcome, actor.session.steps),
@@ -169,7 +176,7 @@ class CoreDriver:
 
     def loss_points(self, request: pb.ListLossPointsRequest) -> pb.ListLossPointsResponse:
         after, count = decode.page(request.page_size, request.page_token, 10_000)
-        history = self._call(lambda: self.registry.find(request.session_id)).session.history
+        history = self._run(self.registry.find(request.session_id)).session.history
         page = history.page(decode.split(request.split), after=after, count=count)
         return pb.ListLossPointsResponse(
             points=[encode.loss_point(point) for point in page.points],
@@ -208,7 +215,7 @@ class _CoreWorker:
         assert task is not None
         self._task = task
         try:
-            actor = registry.find(session_id)
+            actor = await registry.find(session_id)
             await actor.vacate(self._worker, self._client_id)
             with actor.attach(self._worker, self._client_id):
                 self.status = encode.session_status(actor)
@@ -275,7 +282,7 @@ def _contribution(actor: SessionActor, worker: int) -> pb.GetContributionRespons
 
 async def _set(actor: SessionActor, values: Tensors) -> None:
     specs = [spec_of(name, value) for name, value in values.items()]
-    positions = actor.positions_of(specs, "parameters")
+    positions = actor.positions.of(specs, "parameters")
     await actor.set_parameters(dict(zip(positions, values.values(), strict=True)))
 
 

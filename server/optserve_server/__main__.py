@@ -10,13 +10,15 @@ from pydantic import ValidationError
 
 from optserve_server import config
 from optserve_server.app import serve
+from optserve_server.core import failpoints
 from optserve_server.core.device import DeviceUnavailableError
+from optserve_server.core.storage import StorageError
 from optserve_server.rpc.listening import AddressInUseError
 from optserve_server.rpc.watched import UnusableFileError
 from optserve_server.telemetry import logs
 
 EXIT_SETTINGS = 2  # As argparse has it: the command line, the environment or the file is wrong.
-EXIT_UNAVAILABLE = 3  # A device or an address that the settings ask for is not to be had.
+EXIT_UNAVAILABLE = 3  # A device, an address or a directory of the settings is not to be had.
 
 
 def main() -> int:
@@ -28,11 +30,16 @@ def main() -> int:
         return EXIT_SETTINGS
     logs.configure(settings.log_format, settings.log_level)
     try:
+        failpoints.arm(os.environ.get("OPTSERVE_FAILPOINTS", ""))
+    except failpoints.FailpointError as error:
+        sys.stderr.write(f"optserve-server: {error}\n")
+        return EXIT_SETTINGS
+    try:
         asyncio.run(serve(settings))
     except UnusableFileError as error:
         sys.stderr.write(f"optserve-server: {error}\n")
         return EXIT_SETTINGS
-    except (DeviceUnavailableError, AddressInUseError, OSError) as error:
+    except (DeviceUnavailableError, AddressInUseError, StorageError, OSError) as error:
         sys.stderr.write(f"optserve-server: {error}\n")
         return EXIT_UNAVAILABLE
     return 0

@@ -8,7 +8,9 @@ import logging
 import signal
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -21,7 +23,9 @@ from optserve_server import __version__
 from optserve_server.config import Config
 from optserve_server.core.device import Device
 from optserve_server.core.optimizers import OPTIMIZERS
+from optserve_server.core.persistence import Persistence
 from optserve_server.core.registry import SessionRegistry
+from optserve_server.core.storage import Origin
 from optserve_server.core.surroundings import Overlap, Surroundings
 from optserve_server.last_resort import LastResort
 from optserve_server.rpc.access import Access
@@ -29,11 +33,14 @@ from optserve_server.rpc.interceptor import methods_of
 from optserve_server.rpc.server import SERVICE, Server
 from optserve_server.rpc.tls import Credentials, server_credentials
 from optserve_server.rpc.tokens import Tokens
+from optserve_server.storage.disk import LocalDisk
+from optserve_server.storage.local import LocalStorage
 from optserve_server.telemetry.endpoint import MetricsEndpoint
 from optserve_server.telemetry.metrics import Build, Metrics
 
 _LOGGER = logging.getLogger(__name__)
 _EXPIRY_INTERVALS = 10  # How often within the idle time sessions are looked through.
+_DISK_THREADS = 4  # They wait more than they work; one disk does not get faster by more.
 _LAME_DUCK_S = 0.25  # Calls that are on their way get an answer, not a broken connection.
 _END_GRACE_S = 3.0  # From the end of the drain, or of a second signal, to that of the process.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -53,7 +60,8 @@ async def serve(config: Config) -> None:
     device = Device(config.device)
     keep_freed_memory()
     metrics_registry, metrics = _metrics(config, device)
-    with _executor(config) as executor:
+    with ExitStack() as stack:
+        executor = stack.enter_context(_executor(config))
         surroundings = Surroundings(
             device=device,
             executor=executor,
@@ -61,8 +69,11 @@ async def serve(config: Config) -> None:
             observer=metrics,
             shared_memory=config.shared_memory,
             overlap=Overlap(config.overlap),
+            persistence=stack.enter_context(_persistence(config, device)),
         )
         registry = SessionRegistry(config.limits(device.memory_bytes()), surroundings)
+        if parked := await registry.load():
+            _LOGGER.info("sessions found on disk", extra={"sessions": parked})
         endpoint = MetricsEndpoint(
             metrics_registry, host=config.metrics_host, port=config.metrics_port
         )
@@ -126,6 +137,32 @@ def _executor(config: Config) -> ThreadPoolExecutor:
     )
 
 
+@contextmanager
+def _persistence(config: Config, device: Device) -> Iterator[Persistence | None]:
+    """Open the data directory for a block; None if there is to be none.
+
+    Raises:
+        StorageError: Another server has it, or a newer one has written it.
+    """
+    if config.data_dir is None:
+        yield None
+        return
+    origin = Origin(
+        torch=str(torch.__version__), device=device.name if device.is_cuda else device.torch.type
+    )
+    storage = LocalStorage(LocalDisk(config.data_dir), origin)
+    try:
+        with ThreadPoolExecutor(_DISK_THREADS, thread_name_prefix="optserve-disk") as executor:
+            yield Persistence(
+                storage=storage,
+                executor=executor,
+                origin=origin,
+                replay_foreign=config.replay_foreign_journals,
+            )
+    finally:
+        storage.close()
+
+
 def _metrics(config: Config, device: Device) -> tuple[CollectorRegistry, Metrics]:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
@@ -178,7 +215,7 @@ async def _until_stopped(
 ) -> None:
     """Expire idle sessions until a signal comes, then drain, and see that the process ends."""
     last_resort = LastResort()
-    expiry = asyncio.create_task(_expire_idle(registry, config.idle_timeout_s))
+    expiry = asyncio.create_task(_look_after(registry, config))
     await stop.wait()
     expiry.cancel()
     _LOGGER.info("draining", extra={"timeout_s": config.drain_timeout_s})
@@ -195,11 +232,20 @@ async def _until_stopped(
         await server.stop(0)
     await stopping
     hurrying.cancel()
+    await registry.settle()
     _LOGGER.info("stopped")
 
 
-async def _expire_idle(registry: SessionRegistry, idle_timeout_s: float) -> None:
+async def _look_after(registry: SessionRegistry, config: Config) -> None:
+    """Park, and delete, what nobody has used for long."""
+    timeouts_s = [config.idle_timeout_s, config.durable_idle_timeout_s, config.park_timeout_s]
+    pause_s = min(timeout_s for timeout_s in timeouts_s if timeout_s) / _EXPIRY_INTERVALS
     while True:
-        await asyncio.sleep(idle_timeout_s / _EXPIRY_INTERVALS)
-        for session_id in await registry.expire_idle(idle_timeout_s):
+        await asyncio.sleep(pause_s)
+        for session_id in await registry.expire_idle(config.idle_timeout_s):
             _LOGGER.info("idle session deleted", extra={"session": session_id})
+        if config.park_timeout_s:
+            for session_id in await registry.park_idle(config.park_timeout_s):
+                _LOGGER.info("idle session parked", extra={"session": session_id})
+        for session_id in await registry.expire_parked(config.durable_idle_timeout_s):
+            _LOGGER.info("parked session deleted", extra={"session": session_id})

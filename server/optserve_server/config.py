@@ -115,8 +115,16 @@ class Config(BaseSettings):
     log_format: Literal["text", "json"] = "text"
     """One line for each event: for people, or for machines."""
 
+    data_dir: Path | None = None
+    """Directory in which durable sessions survive the server; on a disk of this host, and for one
+    server only. Without it sessions are in memory only."""
+    replay_foreign_journals: bool = False
+    """Whether to go on with sessions whose journals another version of torch, or another device,
+    has written, though it may make other bits of them."""
     idle_timeout_s: Seconds = _LIMITS.idle_timeout_s
-    """A session that nobody has used for so many seconds is deleted."""
+    """A session that nobody has used for so many seconds is deleted, if it is not durable."""
+    durable_idle_timeout_s: Seconds = 2_592_000.0
+    """A durable session that has been parked for so many seconds is deleted: by default 30 days."""
     drain_timeout_s: Seconds = 30.0
     """How many seconds calls have to end by themselves after SIGTERM."""
 

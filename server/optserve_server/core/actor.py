@@ -10,25 +10,28 @@ from typing import Any
 
 from torch import Tensor
 
+from optserve_server.core.catalogue import catalogue_facts
+from optserve_server.core.creations import CreationRequest
+from optserve_server.core.durability import Archive
 from optserve_server.core.errors import (
     EventOutOfOrderError,
     SessionDeletedError,
-    UnknownNameError,
     draining_error,
 )
-from optserve_server.core.events import LossEvaluated, SessionOpened, StepApplied
-from optserve_server.core.history import LossPoint
-from optserve_server.core.losses import LossOutcome
+from optserve_server.core.events import SessionOpened, StepApplied
 from optserve_server.core.outcome import StepOutcome
+from optserve_server.core.positions import Positions
 from optserve_server.core.preview import Preview
 from optserve_server.core.region import Region
 from optserve_server.core.round import Contribution, LastContribution
 from optserve_server.core.rounds import Rounds
 from optserve_server.core.seats import Seat, Seats, current_task
 from optserve_server.core.session import Session
-from optserve_server.core.spec import SessionSpec, Split
+from optserve_server.core.spec import SessionSpec
+from optserve_server.core.standing import Standing, live_standing
+from optserve_server.core.storage import Json
 from optserve_server.core.surroundings import Surroundings
-from optserve_server.core.tensors import TensorSpec, check_fits
+from optserve_server.core.tensors import TensorSpec
 from optserve_server.core.work import Work, to_its_end
 
 
@@ -62,8 +65,10 @@ class SessionActor:
         self.closed = False
         self.work = Work(surroundings.executor)
         self.session = session
-        self._surroundings = surroundings
+        self.surroundings = surroundings
         self._used_s = surroundings.monotonic()
+        self.archive: Archive | None = None
+        """What keeps the session on disk. None: nothing does."""
         self._rounds = Rounds(
             session,
             self.work,
@@ -74,11 +79,13 @@ class SessionActor:
             stepped=self._stepped,
             check_open=self.check_open,
         )
-        self._positions = {parameter.name: i for i, parameter in enumerate(session.spec.parameters)}
+        self.positions = Positions(session.spec.parameters)
         self._seats = Seats(session.spec.workers)
         self._shared: dict[int, SharedMemory] = {}
         self._uses = 0
         self._readers: set[asyncio.Task[Any]] = set()
+        self.request: CreationRequest | None = None
+        """What has made the session, to be kept with it."""
         self._draining = False
 
     @property
@@ -91,16 +98,41 @@ class SessionActor:
         """What is in force."""
         return self.session.spec
 
+    def keep(self, archive: Archive) -> None:
+        """Have the session kept on disk from now on."""
+        self.archive = self._rounds.archive = archive
+
+    def standing(self) -> Standing:
+        """Return where the session stands."""
+        return live_standing(
+            self.spec,
+            self.view,
+            session_id=self.session_id,
+            reserved_bytes=self.reserved_bytes,
+            device=str(self.surroundings.device.torch),
+            created_s=self.created_s,
+            stepped_s=self.stepped_s,
+            durable_steps=self.archive.durable_steps(self.view.steps) if self.archive else 0,
+        )
+
+    def about(self) -> Mapping[str, Json]:
+        """Return what a snapshot says beside the session's state."""
+        return {"stepped_s": self.stepped_s}
+
+    def facts(self) -> Mapping[str, Json]:
+        """Return what the catalogue says of the session."""
+        return catalogue_facts(self.opened.tenant, self.request, self.standing())
+
     @property
-    def device_name(self) -> str:
-        """The device that the session lives on, as torch names it."""
-        return str(self._surroundings.device.torch)
+    def may_be_parked(self) -> bool:
+        """Whether nothing would be lost with the memory: no contribution waits for others."""
+        return self.archive is not None and not (self.view.failed or self._rounds.is_open)
 
     def idle_s(self) -> float:
         """Return for how long nobody has used the session; 0 while a transfer or stream goes on."""
         if self._uses or self._readers or any(self._seats):
             return 0.0
-        return self._surroundings.monotonic() - self._used_s
+        return self.surroundings.monotonic() - self._used_s
 
     def check_open(self) -> None:
         """Make sure that the session is still there.
@@ -160,22 +192,6 @@ class SessionActor:
             self._shared[worker] = await self.work.run_alone(share, self.check_open)
         return self._shared[worker]
 
-    def position(self, name: str) -> int | None:
-        """Return which parameter has the name; None if none has."""
-        return self._positions.get(name)
-
-    def positions_of(self, tensors: Sequence[TensorSpec], field: str) -> list[int]:
-        """Return which parameters the announced tensors belong to.
-
-        Args:
-            tensors: As they were announced; their names are unique.
-            field: Path of the list that they came in.
-
-        Raises:
-            CallerError: A name is unknown, or a shape or dtype is not the parameter's.
-        """
-        return [self._position_of(tensor, f"{field}[{i}]") for i, tensor in enumerate(tensors)]
-
     def last_contribution(self, worker: int) -> LastContribution | None:
         """Return the last step that a worker has contributed to; None if there is none.
 
@@ -201,7 +217,7 @@ class SessionActor:
             digest: What identifies the content, if it is known already.
         """
         self.check_open()
-        positions = None if announced is None else self.positions_of(announced, "gradients")
+        positions = None if announced is None else self.positions.of(announced, "gradients")
         return self._rounds.begin(worker, step, positions, digest)
 
     def begin_shared(
@@ -225,7 +241,7 @@ class SessionActor:
                 f"worker {worker} shares no memory with the server", field="event"
             )
         missing = set(absent)
-        present = [each for each in range(len(self._positions)) if each not in missing]
+        present = [each for each in range(len(self.spec.parameters)) if each not in missing]
         return self._rounds.begin(worker, step, present if missing else None, digest)
 
     async def preview(self, preview: Preview, work: Callable[[], None]) -> bool:
@@ -246,7 +262,7 @@ class SessionActor:
         self.check_open()
         answer = await self._rounds.commit(contribution)
         if contribution.settled is not None:
-            self._surroundings.observer.step_repeated(self.spec.optimizer.kind)
+            self.surroundings.observer.step_repeated(self.spec.optimizer.kind)
         return answer
 
     @asynccontextmanager
@@ -270,50 +286,38 @@ class SessionActor:
     async def set_parameters(self, values: Mapping[int, Tensor]) -> None:
         """Set values of parameters, by position, between two steps."""
         self.touch()
-        await self.work.run_alone(lambda: self.session.set_parameters(values), self.check_open)
-        self._publish()
+        await to_its_end(self.work.spawn(self._set_parameters(values)))
+
+    async def _set_parameters(self, values: Mapping[int, Tensor]) -> None:
+        async with self.writing() as session:
+            if self.archive and self.archive.journals:
+                await self.archive.make(lambda: session.set_parameters(values))
+            else:
+                await self.work.run(lambda: session.set_parameters(values))
+        if self.archive:
+            self.archive.changed(at_once=not self.archive.journals)
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[Session]:
-        """Hold the session still, between two steps, for a change that takes no time."""
+        """Hold the session still, between two steps, to change it: see make()."""
         self.touch()
         async with self.work.lock.exclusive():
             self.check_open()
-            yield self.session
-            self._publish()
+            try:
+                yield self.session
+            finally:
+                self._publish()
 
-    async def evaluate(
-        self, split: Split, predictions: Tensor, targets: Tensor, *, with_gradient: bool
-    ) -> LossOutcome:
-        """Compute the loss, beside whatever else goes on; see Session.evaluate."""
-        self.check_open()
-        self.touch()
-        session = self.session
-        outcome = await self.work.run(
-            lambda: session.evaluate(predictions, targets, with_gradient=with_gradient)
-        )
-        if split is not Split.NONE:
-            session.add_point(self._point(split, outcome))
-        self._surroundings.observer.loss_evaluated(
-            LossEvaluated(
-                session_id=self.session_id,
-                split=split,
-                loss=outcome.loss,
-                accuracy=outcome.accuracy,
-            )
-        )
-        return outcome
+    async def make(self, change: Callable[[], object]) -> None:
+        """Make a change that takes no time to the session, which is held; return once it is kept.
 
-    def _point(self, split: Split, outcome: LossOutcome) -> LossPoint:
-        return LossPoint(
-            sequence=self.session.history.count + 1,
-            split=split,
-            steps=self.view.steps,
-            epochs=self.view.epochs,
-            loss=outcome.loss,
-            accuracy=outcome.accuracy,
-            time_s=self._surroundings.clock(),
-        )
+        Raises:
+            OptserveError: As of ``change``, or of Archive.make.
+        """
+        if self.archive and self.archive.journals:
+            await self.archive.make(change)
+        else:
+            change()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -327,7 +331,7 @@ class SessionActor:
 
     def touch(self) -> None:
         """Note that the session is in use."""
-        self._used_s = self._surroundings.monotonic()
+        self._used_s = self.surroundings.monotonic()
 
     def drain(self) -> None:
         """End the calls that rest between two steps; the others end by themselves after theirs."""
@@ -355,22 +359,10 @@ class SessionActor:
                 shared.parameters.close()
             self._shared.clear()
 
-    def _position_of(self, tensor: TensorSpec, field: str) -> int:
-        position = self._positions.get(tensor.name)
-        if position is None:
-            raise UnknownNameError(
-                f"the session has no parameter {tensor.name!r}",
-                field=f"{field}.name",
-                expected="a parameter of the session",
-                actual=tensor.name,
-            )
-        check_fits(tensor, self.spec.parameters[position], field)
-        return position
-
     def _stepped(self, outcome: StepOutcome) -> None:
         self.touch()
-        self.stepped_s = self._surroundings.clock()
-        self._surroundings.observer.step_applied(
+        self.stepped_s = self.surroundings.clock()
+        self.surroundings.observer.step_applied(
             StepApplied(
                 session_id=self.session_id,
                 optimizer=self.spec.optimizer.kind,
@@ -384,6 +376,8 @@ class SessionActor:
     def _publish(self) -> None:
         """Show where the session stands now, between two steps."""
         self.view = self.session.view()
+        if self.archive:
+            self.archive.changed()
 
     def _abandon_hopeless_round(self) -> None:
         """While draining, let those go who wait for a worker that will not come any more."""

@@ -87,6 +87,16 @@ class StepApplied:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotSaved:
+    """A snapshot of a session is on disk."""
+
+    seconds: float
+    """How long it took, in the background."""
+    time_s: float
+    """When, in seconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossEvaluated:
     """A session evaluated its loss."""
 
@@ -117,6 +127,21 @@ class Observer(Protocol):
 
     def loss_evaluated(self, event: LossEvaluated) -> None:
         """A session evaluated its loss."""
+
+    def journal_written(self, byte_count: int) -> None:
+        """So many bytes of tensors were written to journals."""
+
+    def journal_synced(self, seconds: float) -> None:
+        """A change waited so long for stable storage after it had been made."""
+
+    def snapshot_saved(self, event: SnapshotSaved) -> None:
+        """A snapshot is on disk."""
+
+    def snapshot_failed(self) -> None:
+        """A snapshot cannot be saved; it is tried again."""
+
+    def sessions_parked(self, count: int) -> None:
+        """So many sessions lie on disk only."""
 
     def phase_ended(self, phase: Phase, seconds: float) -> None:
         """A phase of a step took so long."""
@@ -165,6 +190,21 @@ class NullObserver:
         """Ignore it."""
 
     def loss_evaluated(self, event: LossEvaluated) -> None:
+        """Ignore it."""
+
+    def journal_written(self, byte_count: int) -> None:
+        """Ignore it."""
+
+    def journal_synced(self, seconds: float) -> None:
+        """Ignore it."""
+
+    def snapshot_saved(self, event: SnapshotSaved) -> None:
+        """Ignore it."""
+
+    def snapshot_failed(self) -> None:
+        """Ignore it."""
+
+    def sessions_parked(self, count: int) -> None:
         """Ignore it."""
 
     def phase_ended(self, phase: Phase, seconds: float) -> None:

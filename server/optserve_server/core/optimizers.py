@@ -123,15 +123,19 @@ def build(
 
 
 def capture(
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer, *, copy: bool
 ) -> tuple[dict[int, dict[str, Value]], list[dict[str, Value | None]]]:
-    """Return copies, on the CPU, of what torch keeps and of what it has in force for each group.
+    """Return what torch keeps, on the CPU, and what it has in force for each group.
 
     What it keeps stands under the place of its parameter among the groups.
+
+    Args:
+        optimizer: To look at.
+        copy: Whether tensors that are on the CPU are copied.
     """
     state = optimizer.state_dict()
     kept = {
-        position: {name: _copy(value) for name, value in values.items()}
+        position: {name: _on_cpu(value, copy=copy) for name, value in values.items()}
         for position, values in state["state"].items()
         if values
     }
@@ -221,10 +225,10 @@ def rehearse(
     return sum(tensor.dtype.itemsize for tensor in tensors)
 
 
-def _copy(value: Value) -> Value:
+def _on_cpu(value: Value, *, copy: bool) -> Value:
     if not isinstance(value, Tensor):
         return value
-    return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return value.detach().to("cpu", copy=copy, memory_format=torch.contiguous_format)
 
 
 def _refused(kind: OptimizerKind, error: Exception) -> InvalidHyperparameterError:

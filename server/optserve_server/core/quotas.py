@@ -41,6 +41,11 @@ class Quotas:
         use.sessions += 1
         self._uses[tenant] = use
 
+    def adopt(self, tenant: str) -> None:
+        """Count a session that is there already, however many a tenant may have."""
+        use = self._uses.setdefault(tenant, _Use())
+        use.sessions += 1
+
     def close(self, tenant: str) -> None:
         """Count a session of a tenant no longer."""
         self._uses[tenant].sessions -= 1

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from torch import Tensor
+
 from optserve_server.core.actor import SessionActor
 from optserve_server.core.admission import Budget, session_bytes
-from optserve_server.core.creations import Creations
+from optserve_server.core.catalogue import ParkedSession
+from optserve_server.core.creations import CreationRequest, Creations
 from optserve_server.core.device import Device
+from optserve_server.core.durability import Archive
 from optserve_server.core.errors import (
     MemoryExhaustedError,
+    OptserveError,
     SessionNotFoundError,
     TooManyError,
     draining_error,
@@ -24,7 +30,9 @@ from optserve_server.core.events import SessionOpened
 from optserve_server.core.limits import Limits
 from optserve_server.core.quotas import Quotas
 from optserve_server.core.session import Session
-from optserve_server.core.spec import SessionSpec
+from optserve_server.core.shelf import Shelf, no_storage_error
+from optserve_server.core.spec import DurabilityMode, SessionSpec
+from optserve_server.core.standing import Listed
 from optserve_server.core.surroundings import Surroundings
 from optserve_server.core.tenant import TenantRegistry
 from optserve_server.core.work import to_its_end
@@ -47,6 +55,11 @@ class SessionRegistry:
         self.creations = Creations()
         self._draining = False
         self._actors: dict[str, SessionActor] = {}
+        self._shelf = (
+            Shelf(surroundings.persistence, surroundings, self.budget, limits)
+            if surroundings.persistence
+            else None
+        )
         self._order: dict[str, int] = {}
         self._sequence = itertools.count(1)
         self._opening = 0
@@ -70,15 +83,31 @@ class SessionRegistry:
         """Return what a tenant has of this: every call is served from there."""
         return TenantRegistry(self, tenant)
 
-    async def create(self, tenant: str, spec: SessionSpec) -> SessionActor:
+    async def create(
+        self,
+        tenant: str,
+        spec: SessionSpec,
+        values: Mapping[int, Tensor] | None = None,
+        request: CreationRequest | None = None,
+    ) -> SessionActor:
         """Create a tenant's session: reserve its memory, then take it.
 
+        Args:
+            tenant: Whose it is.
+            spec: What it is made from.
+            values: Of parameters, by position.
+            request: What it is made for, to be kept with it.
+
         Raises:
+            NoStorageError: It is to survive, and cannot.
             LimitError: There is no room for it.
             CallerError: torch does not take the spec. Nothing was taken.
         """
         self.check_accepting()
-        if len(self._actors) + self._opening >= self.limits.sessions_max:
+        is_durable = spec.durability.mode is not DurabilityMode.NONE
+        if is_durable and self._shelf is None:
+            raise no_storage_error()
+        if len(self._order) + self._opening >= self.limits.sessions_max:
             raise TooManyError(
                 f"there are {self.limits.sessions_max} sessions, which is as many as allowed;"
                 " delete some, or try again later",
@@ -88,51 +117,62 @@ class SessionRegistry:
         self._quotas.open(tenant)
         self._opening += 1
         try:
-            session, count = await self._build(tenant, spec)
+            session, count = await self._build(tenant, spec, values)
+            opened = SessionOpened(
+                session_id=secrets.token_hex(_ID_BYTES),
+                tenant=tenant,
+                optimizer=spec.optimizer.kind,
+            )
+            actor = SessionActor(session, opened, count, self.surroundings)
+            if is_durable and self._shelf:
+                try:
+                    await self._shelf.put(actor, request)
+                except BaseException:
+                    self._release(tenant, count)
+                    raise
         except BaseException:
             self._quotas.close(tenant)
             raise
         finally:
             self._opening -= 1
-        surroundings = self.surroundings
-        opened = SessionOpened(
-            session_id=secrets.token_hex(_ID_BYTES),
-            tenant=tenant,
-            optimizer=spec.optimizer.kind,
-        )
-        actor = SessionActor(session, opened, count, surroundings)
-        self._actors[opened.session_id] = actor
         self._order[opened.session_id] = next(self._sequence)
-        surroundings.observer.session_opened(opened)
+        self._enter(actor)
         return actor
 
-    def find(self, tenant: str, session_id: str) -> SessionActor:
+    async def find(self, tenant: str, session_id: str) -> SessionActor:
         """Return a tenant's session, which is in use from now on: see Limits.idle_timeout_s.
+
+        One that is parked comes back from disk first.
 
         Raises:
             SessionNotFoundError: The tenant has none of this id. Another's is answered as none is.
+            SessionDamagedError, JournalForeignError: It cannot come back.
+            MemoryExhaustedError: There is no room for it now.
         """
-        actor = self._actors.get(session_id)
-        if actor is None or actor.opened.tenant != tenant:
-            raise SessionNotFoundError(
-                "there is no session of this id; it was never created, was deleted, or the server"
-                " has been restarted",
-                field="session_id",
-                expected="the id of a session",
-                actual=session_id[: 2 * _ID_BYTES],
-            )
-        actor.touch()
-        return actor
+        while True:
+            actor = self._actors.get(session_id)
+            if actor is not None and actor.opened.tenant == tenant:
+                actor.touch()
+                return actor
+            parked = self._shelf.parked.get(session_id) if self._shelf else None
+            if parked is None or parked.opened.tenant != tenant:
+                raise _not_found(session_id)
+            self.check_accepting()
+            await parked.moved(functools.partial(self._bring_back, parked))
 
-    def page(
-        self, tenant: str, *, after: int, count: int
-    ) -> tuple[Sequence[SessionActor], int | None]:
+    def page(self, tenant: str, *, after: int, count: int) -> tuple[Sequence[Listed], int | None]:
         """Return up to ``count`` of a tenant's sessions, created after the one numbered ``after``.
 
         Beside them stands the number to go on from; None if these were the last.
         """
-        own = (actor for actor in self._actors.values() if actor.opened.tenant == tenant)
-        later = [actor for actor in own if self._order[actor.session_id] > after]
+        parked = self._shelf.parked if self._shelf else {}
+        every: Iterable[Listed] = itertools.chain(self._actors.values(), parked.values())
+        own = (
+            session
+            for session in every
+            if session.opened.tenant == tenant and self._order[session.session_id] > after
+        )
+        later = sorted(own, key=lambda session: self._order[session.session_id])
         page = later[:count]
         return page, self._order[page[-1].session_id] if len(later) > count else None
 
@@ -156,45 +196,141 @@ class SessionRegistry:
             raise
         actor.reserved_bytes += growth
 
-    async def delete(self, tenant: str, session_id: str) -> SessionActor:
+    async def delete(self, tenant: str, session_id: str) -> Listed:
         """Forget a tenant's session, and return what it was. Calls that go on in it are ended.
 
         Raises:
             SessionNotFoundError: As of find().
         """
-        actor = self.find(tenant, session_id)
-        del self._actors[session_id]
+        while (parked := self._parked(tenant, session_id)) and parked.is_moving:
+            await parked.stay()
+        actor = self._actors.get(session_id)
+        session: Listed | None = parked
+        if actor is not None and actor.opened.tenant == tenant:
+            session = actor
+        if session is None:
+            raise _not_found(session_id)
+        self._actors.pop(session_id, None)
         del self._order[session_id]
         self.creations.forget(session_id)
-        await to_its_end(actor.work.spawn(self._close(actor)))
-        return actor
+        if actor is not None and session is actor:
+            await to_its_end(actor.work.spawn(self._close(actor)))
+        elif self._shelf and parked:
+            self._quotas.close(tenant)
+            await self._shelf.discard(parked)
+        return session
 
     async def expire_idle(self, idle_timeout_s: float) -> list[str]:
-        """Delete the sessions that nobody has used for so long, and return their ids."""
+        """Delete the sessions in memory only that nobody has used for so long; return their ids."""
         expired = []
         for session_id in list(self._actors):
             actor = self._actors.get(session_id)  # Others come and go while one is being deleted.
-            if actor is not None and actor.idle_s() > idle_timeout_s:
-                await self.delete(actor.opened.tenant, session_id)
-                expired.append(session_id)
+            if actor is None or actor.archive is not None or actor.idle_s() <= idle_timeout_s:
+                continue
+            await self.delete(actor.opened.tenant, session_id)
+            expired.append(session_id)
         return expired
 
-    async def _close(self, actor: SessionActor) -> None:
+    async def expire_parked(self, timeout_s: float) -> list[str]:
+        """Delete the sessions that have lain on disk for so long; return their ids."""
+        now_s, expired = self.surroundings.monotonic(), []
+        for parked in list(self._shelf.parked.values()) if self._shelf else ():
+            if not parked.is_moving and now_s - parked.since_s > timeout_s:
+                await self.delete(parked.opened.tenant, parked.session_id)
+                expired.append(parked.session_id)
+        return expired
+
+    async def park_idle(self, park_timeout_s: float) -> list[str]:
+        """Have durable sessions that nobody has used for so long on disk only; return their ids."""
+        done = []
+        for session_id in list(self._actors):
+            actor = self._actors.get(session_id)
+            if actor is None or not actor.may_be_parked or actor.idle_s() <= park_timeout_s:
+                continue
+            if await self._park(actor, park_timeout_s):
+                done.append(session_id)
+        return done
+
+    async def load(self) -> int:
+        """List the sessions that lie on disk, which come back when they are called."""
+        if self._shelf is None:
+            return 0
+        for parked in await self._shelf.load():
+            self._order[parked.session_id] = next(self._sequence)
+            self._quotas.adopt(parked.opened.tenant)
+            if parked.request:
+                self.creations.remember(parked.request, parked.session_id)
+        return len(self._shelf.parked)
+
+    async def settle(self) -> None:
+        """Make durable what durable sessions have, and let go of the disk; there is no way back."""
+        self._draining = True
+        durable = [actor.archive for actor in self._actors.values() if actor.archive]
+        await asyncio.gather(*(_settle(archive) for archive in durable))
+
+    async def _park(self, actor: SessionActor, park_timeout_s: float) -> bool:
+        """Park a session, unless it cannot be saved, or is used meanwhile."""
+        archive, shelf = actor.archive, self._shelf
+        assert archive is not None
+        assert shelf is not None
+        try:
+            await archive.save()
+        except OptserveError:
+            return False  # It has been logged.
+        gone = self._actors.get(actor.session_id) is not actor
+        if gone or not actor.may_be_parked or actor.idle_s() <= park_timeout_s:
+            return False
+        del self._actors[actor.session_id]
+        await shelf.park(actor, self._leave(actor))
+        return True
+
+    async def _bring_back(self, parked: ParkedSession) -> None:
+        assert self._shelf is not None
+        tenant, count = parked.opened.tenant, parked.standing().reserved_bytes
+        self._reserve(tenant, count, what="the session", field="session_id")
+        try:
+            actor = await self._shelf.take(parked, count)
+        except BaseException:
+            self._release(tenant, count)
+            raise
+        self._enter(actor)
+
+    def _enter(self, actor: SessionActor) -> None:
+        self._actors[actor.session_id] = actor
+        self.surroundings.observer.session_opened(actor.opened)
+        if self._draining:
+            actor.drain()
+
+    async def _leave(self, actor: SessionActor) -> None:
+        """Take a session out of memory."""
         try:
             await actor.close()
         finally:
             self._release(actor.opened.tenant, actor.reserved_bytes)
-            self._quotas.close(actor.opened.tenant)
             self.surroundings.observer.session_closed(actor.opened)
 
-    async def _build(self, tenant: str, spec: SessionSpec) -> tuple[Session, int]:
+    async def _close(self, actor: SessionActor) -> None:
+        try:
+            await self._leave(actor)
+        finally:
+            self._quotas.close(actor.opened.tenant)
+            if self._shelf and actor.archive:
+                await self._shelf.remove(actor)
+
+    def _parked(self, tenant: str, session_id: str) -> ParkedSession | None:
+        parked = self._shelf.parked.get(session_id) if self._shelf else None
+        return parked if parked and parked.opened.tenant == tenant else None
+
+    async def _build(
+        self, tenant: str, spec: SessionSpec, values: Mapping[int, Tensor] | None
+    ) -> tuple[Session, int]:
         """Reserve a session's memory, and take it; return how much that is beside the session."""
         surroundings = self.surroundings
         count = await self._run(lambda: self._measure(spec))
         self.budget.check_session(count, field="parameters")
         self._reserve(tenant, count, what="the session", field="parameters")
         try:
-            session = await self._run(lambda: Session(spec, surroundings.device, self.limits))
+            session = await self._run(lambda: _made(spec, values, surroundings.device, self.limits))
         except BaseException:
             self._release(tenant, count)
             raise
@@ -228,3 +364,32 @@ class SessionRegistry:
         """Run ``work`` in a thread, to its end even if the call that asked for it is cancelled."""
         loop = asyncio.get_running_loop()
         return await to_its_end(loop.run_in_executor(self.surroundings.executor, work))
+
+
+def _made(
+    spec: SessionSpec, values: Mapping[int, Tensor] | None, device: Device, limits: Limits
+) -> Session:
+    session = Session(spec, device, limits)
+    if values:
+        session.set_parameters(values)
+    return session
+
+
+async def _settle(archive: Archive) -> None:
+    try:
+        if not archive.journals:
+            await archive.save()
+    except OptserveError:
+        pass  # It has been logged; what was saved before is there.
+    finally:
+        await archive.close()
+
+
+def _not_found(session_id: str) -> SessionNotFoundError:
+    return SessionNotFoundError(
+        "there is no session of this id; it was never created, was deleted, or the server"
+        " has been restarted",
+        field="session_id",
+        expected="the id of a session",
+        actual=session_id[: 2 * _ID_BYTES],
+    )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from optserve_server.core.device import Device
+from optserve_server.core.durability import Archive
 from optserve_server.core.errors import OptserveError, RoundTimeoutError, StepOutOfOrderError
 from optserve_server.core.events import Observer, Phase
 from optserve_server.core.norms import check_finite, norm_of
@@ -54,6 +55,8 @@ class Rounds:
         self._publish = publish
         self._stepped = stepped
         self._check_open = check_open
+        self.archive: Archive | None = None
+        """What keeps the session on disk. None: nothing does."""
         self._round = Round(session.spec.workers, session.steps + 1)
         self._outcome = session.last_outcome
         self._staging: list[dict[int, Tensor]] = [{} for _ in range(session.spec.workers)]
@@ -79,6 +82,11 @@ class Rounds:
         if not self._round.has(worker):
             self._staging[worker] = {}
             self._staging_of_all.pop(worker, None)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a worker has contributed to a step that waits for others."""
+        return len(self._round.missing) < self._session.spec.workers
 
     def has(self, worker: int) -> bool:
         """Return whether the worker has contributed to the open round."""
@@ -190,7 +198,8 @@ class Rounds:
         round_.add(contribution, self._monotonic())
         if round_.missing:
             return round_
-        if session.is_small and self._work.lock.is_free:
+        at_once = self.archive is None or self.archive.takes_steps_at_once
+        if session.is_small and at_once and self._work.lock.is_free:
             # The way to a thread and back would cost more than the step. Nobody can come between.
             with self._settling(round_):
                 session.step(round_.mean(self._device), round_.digests)
@@ -200,12 +209,30 @@ class Rounds:
 
     async def _apply(self, round_: Round) -> None:
         """Apply a complete round in a thread."""
+        archive = self.archive
+        refusal = await self._admission() if archive else None
+
+        def step() -> None:
+            self._session.step(round_.mean(self._device), round_.digests)
+
         async with self._work.lock.exclusive():
             with self._settling(round_):
                 self._check_open()
-                await self._work.run(
-                    lambda: self._session.step(round_.mean(self._device), round_.digests)
-                )
+                if refusal:
+                    raise refusal
+                if archive and archive.journals:
+                    await archive.make(step)
+                else:
+                    await self._work.run(step)
+
+    async def _admission(self) -> OptserveError | None:
+        """Wait until the session may step; return why it may not."""
+        assert self.archive is not None
+        try:
+            await self.archive.admit()
+        except OptserveError as error:
+            return error
+        return None
 
     @contextmanager
     def _settling(self, round_: Round) -> Iterator[None]:

@@ -109,8 +109,7 @@ class Session:
         """
         # What was within the limits once goes on, whatever they are now.
         session = cls(state.spec, device, dataclasses.replace(limits, **_EXPRESSIONS_ONCE))
-        session.set_parameters(dict(enumerate(state.parameters)))
-        session._unset = set(state.unset)
+        session.set_parameters(state.parameters)
         optimizers.restore(session._optimizer, state.optimizer_state, state.optimizer_groups)
         if session._schedule and state.schedule is not None:
             session._schedule.restore(state.schedule, stepped=state.last_outcome is not None)
@@ -120,19 +119,25 @@ class Session:
         session.sequence = state.sequence
         return session
 
-    def capture(self) -> SessionState:
-        """Return a copy of everything; not while a step is being applied.
+    def capture(self, *, copy: bool = True) -> SessionState:
+        """Return everything that the session is; not while a step is being applied.
+
+        Args:
+            copy: Whether the tensors are copies. If not, what is on the CPU is the session's own.
 
         Raises:
             SessionFailedError: A step failed half way.
         """
         self._check_whole()
-        kept, groups = optimizers.capture(self._optimizer)
+        kept, groups = optimizers.capture(self._optimizer, copy=copy)
         return SessionState(
             spec=self.spec,
             sequence=self.sequence,
-            parameters=[mirror.clone() for mirror in self._mirrors],
-            unset=frozenset(self._unset),
+            parameters={
+                position: mirror.clone() if copy else mirror
+                for position, mirror in enumerate(self._mirrors)
+                if position not in self._unset
+            },
             optimizer_state=kept,
             optimizer_groups=groups,
             schedule=self._schedule.capture() if self._schedule else None,
@@ -141,6 +146,13 @@ class Session:
             last_outcome=self.last_outcome,
             history=self.history.capture(),
         )
+
+    @property
+    def byte_count(self) -> int:
+        """How many bytes its tensors have: what a copy of them takes."""
+        kept = (value for values in self._optimizer.state.values() for value in values.values())
+        tensors = [*self._mirrors, *(value for value in kept if isinstance(value, Tensor))]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def load(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the CPU on the session's device: itself if it is there."""

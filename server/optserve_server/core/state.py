@@ -34,14 +34,13 @@ class StateVersionError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionState:
-    """A session between two changes. Its tensors are on the CPU, contiguous, and nobody else's."""
+    """A session between two changes. Its tensors are on the CPU and contiguous."""
 
     spec: SessionSpec
     sequence: int
     """Number of the last change."""
-    parameters: Sequence[Tensor]
-    unset: frozenset[int]
-    """Positions of the parameters that have no value."""
+    parameters: Mapping[int, Tensor]
+    """By position; those that have a value."""
     optimizer_state: Mapping[int, Mapping[str, Value]]
     """What torch keeps for each parameter that has stepped, by its place among the groups."""
     optimizer_groups: Sequence[Mapping[str, Value | None]]
@@ -69,7 +68,7 @@ def to_snapshot(state: SessionState, about: Mapping[str, Json]) -> Snapshot:
     """
     spec, spec_tensors = encode_spec(state.spec)
     tensors = {f"spec.{i}": tensor for i, tensor in enumerate(spec_tensors)}
-    tensors |= {f"parameters.{i}": tensor for i, tensor in enumerate(state.parameters)}
+    tensors |= {f"parameters.{i}": tensor for i, tensor in state.parameters.items()}
     numbers: list[Json] = []  # What torch keeps for a parameter beside tensors.
     for position, values in state.optimizer_state.items():
         for name, value in values.items():
@@ -80,7 +79,6 @@ def to_snapshot(state: SessionState, about: Mapping[str, Json]) -> Snapshot:
     facts: dict[str, Json] = {
         "version": VERSION,
         "spec": spec,
-        "unset": sorted(state.unset),
         "optimizer_numbers": numbers,
         "optimizer_groups": [_encode_values(group) for group in state.optimizer_groups],
         "schedule": None if state.schedule is None else _encode_values(state.schedule),
@@ -107,11 +105,13 @@ def to_state(snapshot: Snapshot) -> SessionState:
     if facts["version"] > VERSION:
         raise StateVersionError(f"a state of form {facts['version']}; this server knows {VERSION}")
     spec_tensors = _numbered(snapshot.tensors, "spec.")
-    parameters = _numbered(snapshot.tensors, "parameters.")
+    parameters: dict[int, Tensor] = {}
     optimizer_state: dict[int, dict[str, Value]] = {}
     for key, tensor in snapshot.tensors.items():
         kind, _, rest = key.partition(".")
-        if kind == "optimizer":
+        if kind == "parameters":
+            parameters[int(rest)] = tensor
+        elif kind == "optimizer":
             position, _, name = rest.partition(".")
             optimizer_state.setdefault(int(position), {})[name] = tensor
     for position, name, value in facts["optimizer_numbers"]:
@@ -121,7 +121,6 @@ def to_state(snapshot: Snapshot) -> SessionState:
         spec=decode_spec(facts["spec"], spec_tensors),
         sequence=snapshot.sequence,
         parameters=parameters,
-        unset=frozenset(facts["unset"]),
         optimizer_state=optimizer_state,
         optimizer_groups=[_decode_values(group) for group in facts["optimizer_groups"]],
         schedule=None if facts["schedule"] is None else _decode_values(facts["schedule"]),

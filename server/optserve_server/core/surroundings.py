@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from optserve_server.core.device import Device
 from optserve_server.core.events import Observer
+from optserve_server.core.persistence import Persistence
 
 
 class Overlap(enum.StrEnum):
@@ -34,5 +35,7 @@ class Surroundings:
     """Seconds, from any beginning: for how long something takes."""
     shared_memory: bool = True
     """Whether tensors may lie in memory that clients on this host map."""
+    persistence: Persistence | None = None
+    """Where sessions survive. None: nowhere, and sessions are in memory only."""
     overlap: Overlap = Overlap.AUTO
     """Whether steps are answered while their gradients still arrive."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from optserve_server.core.actor import SessionActor
+    from optserve_server.core.creations import CreationRequest
     from optserve_server.core.registry import SessionRegistry
     from optserve_server.core.spec import SessionSpec
+from optserve_server.core.standing import Listed
 
 DEFAULT_TENANT = ""
 """Whose sessions they are where nobody is asked who they are."""
@@ -45,15 +49,20 @@ class TenantRegistry:
         """Make sure that new work may begin; see SessionRegistry.check_accepting."""
         self._registry.check_accepting()
 
-    async def create(self, spec: SessionSpec) -> SessionActor:
+    async def create(
+        self,
+        spec: SessionSpec,
+        values: Mapping[int, Tensor] | None = None,
+        request: CreationRequest | None = None,
+    ) -> SessionActor:
         """Create a session of this tenant; see SessionRegistry.create."""
-        return await self._registry.create(self.tenant, spec)
+        return await self._registry.create(self.tenant, spec, values, request)
 
-    def find(self, session_id: str) -> SessionActor:
+    async def find(self, session_id: str) -> SessionActor:
         """Return a session of this tenant; see SessionRegistry.find."""
-        return self._registry.find(self.tenant, session_id)
+        return await self._registry.find(self.tenant, session_id)
 
-    def page(self, *, after: int, count: int) -> tuple[Sequence[SessionActor], int | None]:
+    def page(self, *, after: int, count: int) -> tuple[Sequence[Listed], int | None]:
         """Return some sessions of this tenant; see SessionRegistry.page."""
         return self._registry.page(self.tenant, after=after, count=count)
 
@@ -61,6 +70,6 @@ class TenantRegistry:
         """Reserve what a session of this tenant will need; see SessionRegistry.resized."""
         return self._registry.resized(actor, count)
 
-    async def delete(self, session_id: str) -> SessionActor:
+    async def delete(self, session_id: str) -> Listed:
         """Forget a session of this tenant; see SessionRegistry.delete."""
         return await self._registry.delete(self.tenant, session_id)

@@ -40,12 +40,12 @@ async def update(request: UpdateSessionRequest, registry: TenantRegistry) -> Ses
             there is no memory for it. Nothing was changed.
     """
     limits, device = registry.limits, registry.surroundings.device.torch
-    actor = registry.find(request.session_id)
+    actor = await registry.find(request.session_id)
     async with actor.writing() as session:
         plan = await actor.work.run(lambda: _plan(request, session, device, limits))
         encode.check_fits(plan.spec, limits, "loss")
         with registry.resized(actor, plan.reserved_bytes):
-            session.change(plan.spec, plan.rates_set)
+            await actor.make(lambda: session.change(plan.spec, plan.rates_set))
     return actor
 
 

@@ -32,23 +32,28 @@ async def create(request: pb.CreateSessionRequest, registry: TenantRegistry) -> 
     spec = decode_spec.session_spec(request.spec, limits)
     encode.check_fits(spec, limits, "spec.parameters")
     values = decode_spec.values(request.values, spec, limits)
-    byte_count = sum(len(each.data) for each in request.values)
     if not request.request_id:
-        return await _create(spec, values, byte_count, registry)
+        return await _create(spec, values, None, registry)
+    wanted = _identified(request, registry.tenant, limits)
 
     async def made() -> str:
-        return (await _create(spec, values, byte_count, registry)).session_id
+        return (await _create(spec, values, wanted, registry)).session_id
 
-    wanted = _identified(request, registry.tenant, limits)
-    return registry.find(await registry.creations.once(wanted, made))
+    return await registry.find(await registry.creations.once(wanted, made))
 
 
 async def _create(
-    spec: SessionSpec, values: Mapping[int, Tensor], byte_count: int, registry: TenantRegistry
+    spec: SessionSpec,
+    values: Mapping[int, Tensor],
+    request: CreationRequest | None,
+    registry: TenantRegistry,
 ) -> SessionActor:
-    """Create a session with values for its parameters; ``byte_count`` of them came along."""
+    """Create a session with values for its parameters."""
     with within("spec"):
-        actor = await registry.create(spec)
+        actor = await registry.create(spec, values, request)
+    if values:
+        byte_count = sum(value.nbytes for value in values.values())
+        registry.surroundings.observer.bytes_moved(Direction.RECEIVED, byte_count)
     _LOGGER.info(
         "session created",
         extra={
@@ -56,16 +61,10 @@ async def _create(
             "optimizer": spec.optimizer.kind,
             "parameters": len(spec.parameters),
             "workers": spec.workers,
+            "durability": spec.durability.mode,
             "reserved_bytes": actor.reserved_bytes,
         },
     )
-    if values:
-        registry.surroundings.observer.bytes_moved(Direction.RECEIVED, byte_count)
-        try:
-            await actor.set_parameters(values)
-        except BaseException:  # The client has gone, and nobody else knows the id.
-            await registry.delete(actor.session_id)
-            raise
     return actor
 
 

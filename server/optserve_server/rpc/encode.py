@@ -34,6 +34,7 @@ from optserve_server.core.spec import (
     Split,
     Value,
 )
+from optserve_server.core.standing import Listed, State
 from optserve_server.core.tensors import TensorSpec, byte_view, dtype_name, spec_of
 from optserve_server.rpc.constraints import kind_of
 from optserve_server.rpc.encoded import ENCODINGS
@@ -50,6 +51,13 @@ _DURABILITY_MODES: Mapping[DurabilityMode, session_pb2.DurabilityMode.ValueType]
     DurabilityMode.SNAPSHOT: session_pb2.DURABILITY_MODE_SNAPSHOT,
     DurabilityMode.JOURNAL: session_pb2.DURABILITY_MODE_JOURNAL,
 }
+_STATES: Mapping[State, session_pb2.SessionState.ValueType] = {
+    State.AWAITING_PARAMETERS: session_pb2.SESSION_STATE_AWAITING_PARAMETERS,
+    State.READY: session_pb2.SESSION_STATE_READY,
+    State.FAILED: session_pb2.SESSION_STATE_FAILED,
+    State.PARKED: session_pb2.SESSION_STATE_PARKED,
+    State.DAMAGED: session_pb2.SESSION_STATE_DAMAGED,
+}
 _UNITS: Mapping[ScheduleUnit, scheduler_pb2.ScheduleUnit.ValueType] = {
     ScheduleUnit.STEPS: scheduler_pb2.SCHEDULE_UNIT_STEPS,
     ScheduleUnit.EPOCHS: scheduler_pb2.SCHEDULE_UNIT_EPOCHS,
@@ -61,28 +69,24 @@ def session(actor: SessionActor) -> session_pb2.Session:
     return session_pb2.Session(status=session_status(actor), spec=session_spec(actor.spec))
 
 
-def session_status(actor: SessionActor) -> session_pb2.SessionStatus:
+def session_status(session: Listed) -> session_pb2.SessionStatus:
     """Encode where a session stands."""
-    view, spec = actor.view, actor.spec
-    state = session_pb2.SESSION_STATE_AWAITING_PARAMETERS
-    if view.ready:
-        state = session_pb2.SESSION_STATE_READY
-    if view.failed:
-        state = session_pb2.SESSION_STATE_FAILED
+    standing = session.standing()
     return session_pb2.SessionStatus(
-        session_id=actor.session_id,
-        display_name=spec.display_name,
-        state=state,
-        steps=view.steps,
-        epochs=view.epochs,
-        rates=group_rates(view.rates),
-        optimizer=spec.optimizer.kind,
-        workers=spec.workers,
-        parameter_count=sum(parameter.element_count for parameter in spec.parameters),
-        reserved_bytes=actor.reserved_bytes,
-        device=actor.device_name,
-        create_time=timestamp(actor.created_s),
-        step_time=None if actor.stepped_s is None else timestamp(actor.stepped_s),
+        session_id=standing.session_id,
+        display_name=standing.display_name,
+        state=_STATES[standing.state],
+        steps=standing.steps,
+        epochs=standing.epochs,
+        rates=group_rates(standing.rates),
+        optimizer=standing.optimizer,
+        workers=standing.workers,
+        parameter_count=standing.parameter_count,
+        reserved_bytes=standing.reserved_bytes,
+        device=standing.device,
+        create_time=timestamp(standing.created_s),
+        step_time=None if standing.stepped_s is None else timestamp(standing.stepped_s),
+        durable_steps=standing.durable_steps,
     )
 
 

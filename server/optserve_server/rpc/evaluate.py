@@ -12,6 +12,7 @@ from torch import Tensor
 from optserve.limits import MESSAGE_HEADROOM_BYTES
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.wire import Chunk
+from optserve_server.core import evaluation
 from optserve_server.core.actor import SessionActor
 from optserve_server.core.errors import LimitExceededError, MissingFieldError
 from optserve_server.core.events import Direction
@@ -35,7 +36,7 @@ async def evaluate(
         OptserveError: It does not fit the session's loss.
     """
     limits = registry.limits
-    actor = registry.find(request.session_id)
+    actor = await registry.find(request.session_id)
     _check_there(request, "")
     specs = [
         decode.tensor_spec(request.predictions.header, limits, "predictions.header"),
@@ -72,7 +73,7 @@ async def evaluate_stream(
     """
     limits = registry.limits
     begin = (await transfer.first(requests, "an evaluation", "begin", limits)).begin
-    actor = registry.find(begin.session_id)
+    actor = await registry.find(begin.session_id)
     _check_there(begin, "begin.")
     specs = [
         decode.tensor_spec(begin.predictions, limits, "begin.predictions"),
@@ -171,8 +172,8 @@ async def _evaluate(
     registry.surroundings.observer.bytes_moved(
         Direction.RECEIVED, predictions.nbytes + targets.nbytes
     )
-    return await actor.evaluate(
-        decode.split(request.split), predictions, targets, with_gradient=_wants(request)
+    return await evaluation.evaluate(
+        actor, decode.split(request.split), predictions, targets, with_gradient=_wants(request)
     )
 
 

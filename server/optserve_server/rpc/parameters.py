@@ -33,13 +33,13 @@ async def upload(
     """
     limits, observer = registry.limits, registry.surroundings.observer
     begin = (await transfer.first(requests, "an upload", "begin", limits)).begin
-    actor = registry.find(begin.session_id)
+    actor = await registry.find(begin.session_id)
     specs = decode.tensor_specs(begin.parameters, limits, "begin.parameters")
     if not specs:
         raise MissingFieldError(
             "the upload announces no parameter", field="begin.parameters", expected="a parameter"
         )
-    positions = actor.positions_of(specs, "begin.parameters")
+    positions = actor.positions.of(specs, "begin.parameters")
     count = sum(spec.byte_count for spec in specs)
     reserved = transfer_bytes(specs)
     with registry.budget.reserved(reserved, what="the upload", field="begin.parameters"):
@@ -63,7 +63,7 @@ async def download(
         OptserveError: The session has not all of them.
     """
     limits, observer = registry.limits, registry.surroundings.observer
-    actor = registry.find(request.session_id)
+    actor = await registry.find(request.session_id)
     actor.session.check_ready()
     specs = actor.session.spec.parameters
     if len(request.names) > len(specs) or len(set(request.names)) < len(request.names):
@@ -91,7 +91,7 @@ async def download(
 
 
 def _position(actor: SessionActor, name: str, i: int) -> int:
-    position = actor.position(name)
+    position = actor.positions.get(name)
     if position is None:
         raise UnknownNameError(
             f"the session has no parameter {name!r}",

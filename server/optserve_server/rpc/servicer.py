@@ -60,7 +60,7 @@ class OptimizerServicer(OptimizerServiceServicer):
     ) -> pb.GetSessionResponse:
         """Say where a session stands."""
         return pb.GetSessionResponse(
-            session=encode.session(self._sessions().find(request.session_id))
+            session=encode.session(await self._sessions().find(request.session_id))
         )
 
     async def ListSessions(
@@ -68,9 +68,9 @@ class OptimizerServicer(OptimizerServiceServicer):
     ) -> pb.ListSessionsResponse:
         """List the sessions, the oldest first."""
         after, count = decode.page(request.page_size, request.page_token, _PAGE_SESSIONS_MAX)
-        actors, next_after = self._sessions().page(after=after, count=count)
+        sessions, next_after = self._sessions().page(after=after, count=count)
         return pb.ListSessionsResponse(
-            sessions=[encode.session_status(actor) for actor in actors],
+            sessions=[encode.session_status(session) for session in sessions],
             next_page_token="" if next_after is None else str(next_after),
         )
 
@@ -85,12 +85,10 @@ class OptimizerServicer(OptimizerServiceServicer):
         self, request: pb.DeleteSessionRequest, context: _Context
     ) -> pb.DeleteSessionResponse:
         """Forget a session."""
-        actor = await self._sessions().delete(request.session_id)
-        _LOGGER.info(
-            "session deleted",
-            extra={"session": actor.session_id, "steps": actor.view.steps},
-        )
-        return pb.DeleteSessionResponse(status=encode.session_status(actor))
+        session = await self._sessions().delete(request.session_id)
+        status = encode.session_status(session)
+        _LOGGER.info("session deleted", extra={"session": status.session_id, "steps": status.steps})
+        return pb.DeleteSessionResponse(status=status)
 
     async def UploadParameters(
         self, request_iterator: AsyncIterator[pb.UploadParametersRequest], context: _Context
@@ -119,14 +117,14 @@ class OptimizerServicer(OptimizerServiceServicer):
         self, request: pb.GetContributionRequest, context: _Context
     ) -> pb.GetContributionResponse:
         """Say what became of a worker's last step."""
-        actor = self._sessions().find(request.session_id)
+        actor = await self._sessions().find(request.session_id)
         return encode.contribution_response(actor, actor.last_contribution(request.worker))
 
     async def EndEpoch(self, request: pb.EndEpochRequest, context: _Context) -> pb.EndEpochResponse:
         """End an epoch."""
-        actor = self._sessions().find(request.session_id)
+        actor = await self._sessions().find(request.session_id)
         async with actor.writing() as session:
-            session.end_epoch(request.epoch)
+            await actor.make(lambda: session.end_epoch(request.epoch))
         return pb.EndEpochResponse(status=encode.session_status(actor))
 
     async def EvaluateLoss(
@@ -145,7 +143,7 @@ class OptimizerServicer(OptimizerServiceServicer):
         self, request: pb.ListLossPointsRequest, context: _Context
     ) -> pb.ListLossPointsResponse:
         """Read a session's history."""
-        actor = self._sessions().find(request.session_id)
+        actor = await self._sessions().find(request.session_id)
         after, count = decode.page(request.page_size, request.page_token, _PAGE_POINTS_MAX)
         page = actor.session.history.page(decode.split(request.split), after=after, count=count)
         return pb.ListLossPointsResponse(

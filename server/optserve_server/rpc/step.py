@@ -29,7 +29,7 @@ async def step(request: pb.StepRequest, registry: TenantRegistry) -> pb.StepResp
     """
     limits, observer = registry.limits, registry.surroundings.observer
     registry.check_accepting()
-    actor = registry.find(request.session_id)
+    actor = await registry.find(request.session_id)
     _check_answer_fits(actor, limits.message_bytes_max)
     decode.check_tensor_count(len(request.gradients), limits, "gradients")
     specs = decode.tensor_specs([each.header for each in request.gradients], limits, "gradients")

@@ -51,7 +51,7 @@ async def train(requests: _Requests, context: _Context, registry: TenantRegistry
     """
     opening = (await transfer.first(requests, "a stream", "open", registry.limits)).open
     client_id = decode.client_id(opening.client_id, "open.client_id")
-    actor = registry.find(opening.session_id)
+    actor = await registry.find(opening.session_id)
     registry.check_accepting()  # Or a step that may still be finished would be broken off.
     await actor.vacate(opening.worker, client_id)
     with actor.attach(opening.worker, client_id) as seat:

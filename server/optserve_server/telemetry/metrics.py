@@ -26,6 +26,7 @@ from optserve_server.core.events import (
     SessionOpened,
     StepApplied,
 )
+from optserve_server.telemetry.durability import DurabilityMetrics
 
 __all__ = ["Build", "Metrics"]
 
@@ -68,7 +69,7 @@ class Build:
     """Device that new sessions live on, as torch names it: ``cuda:0``."""
 
 
-class Metrics:
+class Metrics(DurabilityMetrics):
     """Observer that keeps the server's metrics.
 
     Args:
@@ -125,6 +126,7 @@ class Metrics:
             "optserve_session_metrics_dropped_total",
             "Sessions opened beyond the cap, which have no series of their own.",
         )
+        super().__init__(own)
         if device_memory_bytes is not None:
             memory = gauge(
                 "optserve_device_memory_allocated_bytes",

@@ -29,6 +29,8 @@ UNITLESS = {
     "optserve_loss_evaluations",
     "optserve_refusals",
     "optserve_sessions",
+    "optserve_sessions_parked",
+    "optserve_snapshot_failures",
     "optserve_session_metrics_dropped",
     "optserve_session_step",
     "optserve_session_gradient_norm",

@@ -1,0 +1,126 @@
+"""From what lies on disk of a session to the session: its snapshot, and every change since."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from optserve_server.core.changes import replay
+from optserve_server.core.device import Device
+from optserve_server.core.errors import JournalForeignError, OptserveError, SessionDamagedError
+from optserve_server.core.limits import Limits
+from optserve_server.core.persistence import Persistence
+from optserve_server.core.session import Session
+from optserve_server.core.spec import DurabilityMode
+from optserve_server.core.spec_json import Read, SpecVersionError
+from optserve_server.core.state import StateVersionError, to_state
+from optserve_server.core.storage import (
+    DamagedError,
+    Loaded,
+    RecordKind,
+    SessionStore,
+    StorageVersionError,
+)
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """A session that has come back."""
+
+    session: Session
+    store: SessionStore
+    saved_steps: int
+    """Steps that its snapshot contains."""
+    stepped_s: float | None
+    """When the last step was applied, in seconds since the epoch."""
+
+
+def recover(session_id: str, persistence: Persistence, device: Device, limits: Limits) -> Recovered:
+    """Bring a session back from disk. Takes as long as its changes since the last snapshot took.
+
+    Raises:
+        SessionDamagedError: What is there is not what was written there.
+        JournalForeignError: Another torch, another device or a newer server wrote it.
+        StorageError: The disk does not answer.
+    """
+    store = persistence.storage.open(session_id)
+    try:
+        return _recover(store, persistence, device, limits)
+    except BaseException:
+        store.close()
+        raise
+
+
+def _recover(
+    store: SessionStore, persistence: Persistence, device: Device, limits: Limits
+) -> Recovered:
+    try:
+        loaded = store.load()
+        _check_origin(loaded, persistence)
+        state = to_state(loaded.snapshot)
+        about: Read = loaded.snapshot.facts["about"]
+        stepped_s = about["stepped_s"]
+        session = Session.restored(state, device, limits)
+        for record in loaded.records:
+            time_s = replay(session, record)
+            if record.kind is RecordKind.STEP:
+                stepped_s = time_s
+            if session.failed:
+                break
+    except (StorageVersionError, StateVersionError, SpecVersionError) as error:
+        raise JournalForeignError(
+            "a newer version of the server wrote the session; nothing is lost: start that one",
+            field="session_id",
+        ) from error
+    except (DamagedError, LookupError, TypeError, ValueError, OptserveError) as error:
+        if isinstance(error, JournalForeignError):
+            raise
+        raise _damaged(store.session_id, error) from error
+    _check_skipped(loaded, session, store.session_id)
+    return Recovered(session=session, store=store, saved_steps=state.steps, stepped_s=stepped_s)
+
+
+def _check_origin(loaded: Loaded, persistence: Persistence) -> None:
+    """Make sure that the journal may be replayed here: others may make other bits of it."""
+    foreign = loaded.origins - {persistence.origin}
+    if foreign and not persistence.replay_foreign:
+        wrote = ", ".join(sorted(f"torch {each.torch} on {each.device}" for each in foreign))
+        here = f"torch {persistence.origin.torch} on {persistence.origin.device}"
+        raise JournalForeignError(
+            f"the session's journal was written with {wrote}; here is {here}, which may make other"
+            " bits of it. Nothing is lost: start the server that wrote it, or this one with"
+            " --replay-foreign-journals",
+            field="session_id",
+            expected=wrote,
+            actual=here,
+        )
+
+
+def _check_skipped(loaded: Loaded, session: Session, session_id: str) -> None:
+    """Make sure that the journal makes up for snapshots that are damaged.
+
+    Without a journal an older snapshot is all that there is: the session goes on from there.
+    """
+    for skipped in loaded.skipped:
+        if session.sequence >= skipped.sequence:
+            continue
+        if session.spec.durability.mode is DurabilityMode.JOURNAL:
+            raise _damaged(session_id, skipped.damage) from skipped.damage
+        _LOGGER.error(
+            "a snapshot is damaged; the session goes on from the one before it",
+            extra={"session": session_id, "steps": session.steps, "cause": str(skipped.damage)},
+        )
+
+
+def _damaged(session_id: str, error: Exception) -> SessionDamagedError:
+    _LOGGER.error(
+        "what is on disk of a session is not what was written there",
+        extra={"session": session_id, "cause": f"{type(error).__name__}: {error}"},
+    )
+    return SessionDamagedError(
+        "what is on the server's disk of the session is not what was written there; the session can"
+        " only be deleted",
+        field="session_id",
+    )

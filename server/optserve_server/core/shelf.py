@@ -1,0 +1,179 @@
+"""Durable sessions on disk: those that are not in memory, and the way there and back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from optserve_server.core.actor import SessionActor
+from optserve_server.core.admission import Budget
+from optserve_server.core.catalogue import ParkedSession
+from optserve_server.core.creations import CreationRequest
+from optserve_server.core.durability import Archive, exhausted
+from optserve_server.core.errors import NoStorageError, SessionDamagedError
+from optserve_server.core.limits import Limits
+from optserve_server.core.persistence import Persistence
+from optserve_server.core.recovery import recover
+from optserve_server.core.state import to_snapshot
+from optserve_server.core.storage import (
+    SessionStore,
+    Storage,
+    StorageFullError,
+    StoredSession,
+)
+from optserve_server.core.surroundings import Surroundings
+from optserve_server.core.work import to_its_end
+
+
+class Shelf:
+    """Keeps durable sessions. Everything is called on the event loop."""
+
+    def __init__(
+        self, persistence: Persistence, surroundings: Surroundings, budget: Budget, limits: Limits
+    ) -> None:
+        """Keep them in ``persistence``; none is known before load().
+
+        Args:
+            persistence: Where they lie.
+            surroundings: What those in memory have around them.
+            budget: For the copies that snapshots take.
+            limits: In force.
+        """
+        self._persistence = persistence
+        self._surroundings = surroundings
+        self._budget = budget
+        self._limits = limits
+        self._parked: dict[str, ParkedSession] = {}
+
+    @property
+    def parked(self) -> Mapping[str, ParkedSession]:
+        """The sessions that lie on disk only, by their ids."""
+        return MappingProxyType(self._parked)
+
+    async def load(self) -> Sequence[ParkedSession]:
+        """Find the sessions that lie on disk; return them, the oldest first."""
+        now_s = self._surroundings.monotonic()
+        stored = await self._persistence.run(self._persistence.storage.sessions)
+        for each in stored:
+            self._parked[each.session_id] = ParkedSession(each, since_s=now_s)
+        self._tell()
+        return list(self._parked.values())
+
+    async def put(self, actor: SessionActor, request: CreationRequest | None) -> None:
+        """Put a new session on disk, whole or not at all, and keep it there from now on.
+
+        Raises:
+            StorageExhaustedError: There is no room.
+        """
+        actor.request = request
+        session, storage = actor.session, self._persistence.storage
+        snapshot, facts = to_snapshot(session.capture(copy=False), actor.about()), actor.facts()
+        creating = actor.work.spawn(
+            self._persistence.run(lambda: storage.create(actor.session_id, facts, snapshot))
+        )
+        try:
+            store = await to_its_end(creating)
+        except asyncio.CancelledError:  # The client has gone, and nobody else knows the id.
+            if not creating.cancelled() and creating.exception() is None:
+                await self._persistence.run(lambda: _destroy(storage, creating.result()))
+            raise
+        except StorageFullError as error:
+            raise exhausted(error) from None
+        self._keep(actor, store, saved_steps=session.steps)
+
+    async def take(self, parked: ParkedSession, reserved_bytes: int) -> SessionActor:
+        """Bring a session back into memory, ``reserved_bytes`` of which are reserved for it.
+
+        Raises:
+            SessionDamagedError, JournalForeignError: It cannot come back.
+        """
+        if parked.damaged:
+            raise SessionDamagedError(
+                "what is on the server's disk of the session is not what was written there; the"
+                " session can only be deleted",
+                field="session_id",
+            )
+        device, limits, persistence = self._surroundings.device, self._limits, self._persistence
+        try:
+            recovered = await persistence.run(
+                lambda: recover(parked.session_id, persistence, device, limits)
+            )
+        except SessionDamagedError:
+            parked.damaged = True
+            raise
+        actor = SessionActor(recovered.session, parked.opened, reserved_bytes, self._surroundings)
+        actor.created_s = parked.standing().created_s
+        actor.stepped_s = recovered.stepped_s
+        actor.request = parked.request
+        self._keep(actor, recovered.store, saved_steps=recovered.saved_steps)
+        del self._parked[parked.session_id]
+        self._tell()
+        return actor
+
+    async def park(self, actor: SessionActor, leaving: Coroutine[Any, Any, None]) -> None:
+        """Have a session, which is in a snapshot, on disk only.
+
+        Args:
+            actor: Serves it; found by nobody any more.
+            leaving: Takes it out of memory.
+        """
+        stored = StoredSession(
+            session_id=actor.session_id, facts=actor.facts(), sequence=0, bytes_on_disk=0
+        )
+        parked = ParkedSession(stored, since_s=self._surroundings.monotonic())
+        self._parked[actor.session_id] = parked
+        self._tell()
+
+        async def leave() -> None:
+            await leaving
+            if actor.archive:
+                await actor.archive.close()
+
+        await parked.moved(leave)
+
+    async def remove(self, actor: SessionActor) -> None:
+        """Delete what is on disk of a session that is no longer in memory."""
+        if actor.archive:
+            await actor.archive.close()
+            storage = self._persistence.storage
+            await self._persistence.run(lambda: storage.delete(actor.session_id))
+
+    async def discard(self, parked: ParkedSession) -> None:
+        """Delete a session that lies on disk only."""
+        del self._parked[parked.session_id]
+        self._tell()
+        storage = self._persistence.storage
+        await self._persistence.run(lambda: storage.delete(parked.session_id))
+
+    def _keep(self, actor: SessionActor, store: SessionStore, *, saved_steps: int) -> None:
+        actor.keep(
+            Archive(
+                actor,
+                store,
+                saved_steps=saved_steps,
+                persistence=self._persistence,
+                surroundings=self._surroundings,
+                budget=self._budget,
+                limits=self._limits,
+            )
+        )
+
+    def _tell(self) -> None:
+        self._surroundings.observer.sessions_parked(len(self._parked))
+
+
+def no_storage_error() -> NoStorageError:
+    """Return what durability is refused with where there is none."""
+    return NoStorageError(
+        "this server keeps sessions in memory only: leave durability unset, or have the server"
+        " started with --data-dir",
+        field="durability.mode",
+        expected="NONE",
+    )
+
+
+def _destroy(storage: Storage, store: SessionStore) -> None:
+    store.close()
+    storage.delete(store.session_id)
