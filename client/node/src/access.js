@@ -55,7 +55,7 @@ export function tokenCredentials(token) {
 export function refuseToTell(target) {
   if (isOnThisHost(target)) return;
   throw new RequestError(
-    `the token would go to ${target} unencrypted: use TLS, or allow it with plaintextToken`,
+    `the token would go to ${target} unencrypted: use TLS, or allow it with allowPlaintextToken`,
     { reason: 'INVALID_FIELD', field: 'token', expected: 'TLS', actual: 'plaintext' },
   );
 }

@@ -1,6 +1,4 @@
 /** Calls on the channel: every one with a deadline, every error one of ours, and no write faster than the wire. */
-import { randomBytes } from 'node:crypto';
-
 import { ClosedError, DeadlineError, errorFromStatus, ProtocolError } from './errors.js';
 import { isPassing } from './retry.js';
 
@@ -11,7 +9,6 @@ import { isPassing } from './retry.js';
 /** @typedef {import('./errors.js').OptserveError} OptserveError */
 /** @typedef {import('./retry.js').Retry} Retry */
 
-const CLIENT_ID_BYTES = 16; // As the contract has it.
 const GOODBYE_S = 5; // How long leaving waits for the server to end its side.
 
 /** The methods of the service, called. */
@@ -21,8 +18,6 @@ export class Calls {
   #options;
   /** @type {Set<Stream>} */ #open = new Set();
   #closed = false;
-  /** Says to the server that a stream is opened in the place of one whose connection broke. */
-  clientId = randomBytes(CLIENT_ID_BYTES);
 
   /**
    * @param {import('@grpc/grpc-js').Client} stub

@@ -5,7 +5,7 @@ import { channelCredentials, refuseToTell, tokenCredentials } from './access.js'
 import { Calls } from './calls.js';
 import { decode, encode, OptimizerService } from './contract.js';
 import { MESSAGE_DATA_BYTES_MAX } from './framing.js';
-import { Retry } from './retry.js';
+import { Retry, retryTerms } from './retry.js';
 import { Session } from './session.js';
 import { headerToMessage, tensorOf, tensorToMessage } from './tensor.js';
 import { SessionView, statusOf } from './view.js';
@@ -20,8 +20,8 @@ import { SessionView, statusOf } from './view.js';
 
 const TIMEOUT_S = 60; // As long as the server's own wait for a round, by default.
 const FLOW_CONTROL_WINDOW_BYTES = 4 << 20; // A few chunks: with HTTP/2's 64 KiB a download takes twice as long.
-// Between two attempts to connect, whether or not a call waits: a server that is back shall be found soon.
-const RECONNECT_MS = { first: 100, max: 2000 };
+const KEEPALIVE_S = 45; // The server takes more than one question in 30 s for an attack.
+const KEEPALIVE_TIMEOUT_MS = 20_000;
 
 /**
  * Make a client of the server at `target`. Connects with the first call.
@@ -43,18 +43,22 @@ export class Client {
    * @param {ClientOptions} [options]
    * @throws {import('./errors.js').RequestError} The options do not go together.
    */
-  constructor(target, { timeoutS = TIMEOUT_S, retry, channel, ...access } = {}) {
-    const { credentials, tls, token, plaintextToken = false } = access;
+  constructor(target, { timeoutS = TIMEOUT_S, keepaliveS = KEEPALIVE_S, ...given } = {}) {
+    const { credentials, tls, token, allowPlaintextToken = false } = given;
     const isPlaintext = credentials === undefined && tls === undefined;
-    if (token !== undefined && isPlaintext && !plaintextToken) refuseToTell(target);
+    if (token !== undefined && isPlaintext && !allowPlaintextToken) refuseToTell(target);
+    const terms = retryTerms(given.retry);
     const stub = new OptimizerService(target, credentials ?? channelCredentials(tls), {
       'grpc-node.flow_control_window': FLOW_CONTROL_WINDOW_BYTES,
-      'grpc.initial_reconnect_backoff_ms': RECONNECT_MS.first,
-      'grpc.max_reconnect_backoff_ms': RECONNECT_MS.max,
-      ...channel,
+      'grpc.keepalive_time_ms': keepaliveS * 1e3,
+      'grpc.keepalive_timeout_ms': KEEPALIVE_TIMEOUT_MS,
+      // gRPC connects again at its own pace, and until then every attempt of ours fails at once.
+      'grpc.initial_reconnect_backoff_ms': Math.max(1, terms.backoffS * 1e3),
+      'grpc.max_reconnect_backoff_ms': Math.max(1, terms.backoffS * 1e3, terms.backoffMaxS * 1e3),
+      ...given.channel,
     });
     const options = token === undefined ? {} : { credentials: tokenCredentials(token) };
-    this.#calls = new Calls(stub, { timeoutS, retry: new Retry(retry), options });
+    this.#calls = new Calls(stub, { timeoutS, retry: new Retry(terms), options });
   }
 
   /**

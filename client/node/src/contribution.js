@@ -27,6 +27,7 @@ export class Contribution {
   #sources;
   /** @type {Buffer | undefined} Of the content, once all of it has been read. */ #digest;
   #unanswered = false;
+  #isHeld = false;
 
   /**
    * @param {{step: number, worker: number}} place
@@ -40,6 +41,20 @@ export class Contribution {
     this.#gradients = gradients;
     this.#complete = complete;
     this.#sources = sources;
+  }
+
+  /**
+   * Return one that the server has and that waits for the other workers, known by its digest alone.
+   *
+   * @param {{step: number, worker: number, digest: Buffer}} place
+   * @param {GradientSources} sources
+   * @returns {Contribution}
+   */
+  static held({ digest, ...place }, sources) {
+    const contribution = new Contribution(place, new Map(), true, sources);
+    contribution.#digest = digest;
+    contribution.#isHeld = true;
+    return contribution;
   }
 
   /**
@@ -58,7 +73,7 @@ export class Contribution {
         try {
           return await attempt();
         } catch (error) {
-          this.#unanswered ||= this.#digest !== undefined && saysNothing(error);
+          this.#unanswered ||= this.#digest !== undefined && isSilence(error);
           throw error;
         }
       }, mayPass);
@@ -88,9 +103,10 @@ export class Contribution {
       return this.#inChunks({ gradients: headers }, isKnown);
     }
     const bytes = [...this.#gradients.values()].reduce((sum, { data }) => sum + data.byteLength, 0);
-    if (bytes > CHUNK_BYTES_MAX) return this.#inChunks({ everyParameter: true }, isKnown);
-    const gradients = isKnown ? [] : this.#inFull();
-    return [{ packed: { step: this.step, gradients, digest: this.#digest } }];
+    if (this.#isHeld || isKnown || bytes > CHUNK_BYTES_MAX) {
+      return this.#inChunks({ everyParameter: true }, this.#isHeld || isKnown);
+    }
+    return [{ packed: { step: this.step, gradients: this.#inFull(), digest: this.#digest } }];
   }
 
   /** Return what a StepRequest holds of it. */
@@ -129,23 +145,21 @@ export class Contribution {
   }
 }
 
-/** Whether an error says nothing of a step that had been sent before it. @param {unknown} error */
-function saysNothing(error) {
-  if ([UnavailableError, DeadlineError, ClosedError].some((type) => error instanceof type))
-    return true;
-  return (
-    error instanceof SessionError && ['SEAT_TAKEN_OVER', 'STALLED'].includes(error.reason ?? '')
-  );
+/** Whether an error leaves open what became of a step that was sent. @param {unknown} error */
+function isSilence(error) {
+  if (error instanceof SessionError) return error.reason === 'STALLED';
+  return error instanceof UnavailableError || error instanceof DeadlineError;
 }
 
 /**
  * Whether an error is for the caller as it is, though an attempt before it was not answered: it says what became of the step,
- * or that there is nothing left to become of it, or is a fault that must not be hidden.
+ * or that there is nothing left to become of it, or must not be hidden.
  *
  * @param {unknown} error
  */
 function isAnswer(error) {
-  if (error instanceof SessionError) return !saysNothing(error);
+  if (error instanceof SessionError) return !isSilence(error) && error.reason !== 'WORKER_BUSY';
   if (!(error instanceof OptserveError)) return true;
-  return [RequestError, ProtocolError, InternalError].some((type) => error instanceof type);
+  const types = [RequestError, ClosedError, ProtocolError, InternalError];
+  return types.some((type) => error instanceof type);
 }

@@ -4,13 +4,13 @@
  *     OptserveError
  *     ├── RequestError          the caller's mistake: the same again is refused again
  *     ├── SessionError          the session's state: ask where it stands, and go on from there
- *     │   └── StepsLostError        the server has gone back behind steps that it had answered
+ *     │   └── StepsLostError        the server has lost steps: resume, and repeat them
  *     └── ServiceError          the server, or the way to it
  *         ├── LimitError            a limit: do what the message says
  *         ├── UnauthenticatedError  it does not know, or not believe, who calls
  *         ├── UnavailableError      nothing answers, or it is about to stop
  *         ├── DeadlineError         no answer in time: what was asked may have been done
- *         ├── StepUnknownError      a step was sent and not answered: ask what became of it
+ *         ├── StepUnknownError      a step was sent, and no answer came
  *         ├── ClosedError           the client, or the worker, has been closed
  *         ├── ProtocolError         client and server do not understand each other
  *         └── InternalError         a fault of the server
@@ -51,23 +51,21 @@ export class RequestError extends OptserveError {}
 /** The session's state does not allow it: ask where it stands, and go on from there. */
 export class SessionError extends OptserveError {}
 /**
- * The server has gone back behind steps that it had answered: it was restarted, and the session promised no more. Take the
- * step `steps` + 1 next; it is what a step without a number is now.
+ * The server stands before steps that it had answered: they are lost, with what they learnt. `Session.resume`, and go on with
+ * the data of step `resumesFrom`.
  */
 export class StepsLostError extends SessionError {
-  /** @param {{steps: number, answered: number, cause?: unknown}} facts */
-  constructor({ steps, answered, cause }) {
+  /** @param {{steps: number, known: number, cause?: OptserveError}} facts */
+  constructor({ steps, known, cause }) {
     super(
-      `the server has ${steps} steps; it had answered step ${answered}: go on with ${steps + 1}`,
-      {
-        expected: String(steps + 1),
-        cause,
-      },
+      `the session stands at ${steps} steps; ${known} had been answered: the server has lost the last ${known - steps};` +
+        ` resume, and go on with step ${steps + 1}`,
+      { cause },
     );
-    /** How many the server has. */
-    this.steps = steps;
-    /** How many of those that this worker was answered it has not. */
-    this.lost = answered - steps;
+    /** Number of the step to go on with. */
+    this.resumesFrom = steps + 1;
+    /** How many answered steps are gone. */
+    this.lost = known - steps;
   }
 }
 /** The server, or the way to it. */
@@ -81,27 +79,25 @@ export class UnavailableError extends ServiceError {}
 /** No answer in time: what was asked may have been done. */
 export class DeadlineError extends ServiceError {}
 /**
- * A step was sent, and no answer came, however often it was tried again: it may have been applied. `Session.getContribution`
- * says what became of it; to take it again, with the same gradients, does no harm. `cause` is the last failure.
+ * A step was sent, and no answer came: it may have been applied, or not. `Session.getContribution` tells; or take the same
+ * step again: the server applies it once.
  */
 export class StepUnknownError extends ServiceError {
   /**
-   * @param {OptserveError} cause
+   * @param {OptserveError} cause The last failure.
    * @param {{step: number, worker: number, digest: Uint8Array}} contribution
    */
   constructor(cause, { step, worker, digest }) {
-    const { reason, code, retryAfterS, requestId } = cause;
-    super(`no answer came to step ${step}, which may have been applied: ${cause.message}`, {
-      reason,
-      code,
-      retryAfterS,
-      requestId,
-      cause,
-    });
+    super(
+      `step ${step} was sent, and no answer came: ${cause.message}; whether it was applied is unknown until asked:` +
+        ' see getContribution, or take the same step again, which applies it once',
+      { code: cause.code, cause },
+    );
     /** Number of the step. */
     this.step = step;
+    /** Who sent it. */
     this.worker = worker;
-    /** Of the step's content: `contribution.digest` is equal if it was this content that the server took. */
+    /** What its content is known by: see `Contribution`. */
     this.digest = digest;
   }
 }
@@ -152,7 +148,13 @@ export const CLASS_OF = new Map([
     'REQUEST_CONFLICT',
     'SEAT_TAKEN_OVER',
   ]),
-  ...rows(LimitError, ['TOO_MANY', 'MEMORY_EXHAUSTED', 'LIMIT_EXCEEDED', 'STORAGE_FULL', 'RATE_EXCEEDED']),
+  ...rows(LimitError, [
+    'TOO_MANY',
+    'MEMORY_EXHAUSTED',
+    'LIMIT_EXCEEDED',
+    'STORAGE_FULL',
+    'RATE_EXCEEDED',
+  ]),
   ...rows(UnauthenticatedError, ['UNAUTHENTICATED']),
   ...rows(UnavailableError, ['DRAINING']),
   ...rows(InternalError, ['INTERNAL']),

@@ -21,7 +21,6 @@ export { Worker } from './worker.js';
 /** @typedef {import('./types.js').Catalogue} Catalogue */
 /** @typedef {import('./types.js').ClientOptions} ClientOptions */
 /** @typedef {import('./types.js').Contribution} Contribution */
-/** @typedef {import('./types.js').ContributionReport} ContributionReport */
 /** @typedef {import('./types.js').DataType} DataType */
 /** @typedef {import('./types.js').Elements} Elements */
 /** @typedef {import('./types.js').Encoding} Encoding */

@@ -1,56 +1,62 @@
-/** When what has failed is tried again: for so long, after waits that grow and are drawn at random. */
+/** What came to nothing is tried again: when, and for how long. */
 import { setTimeout as delay } from 'node:timers/promises';
 
-import { ClosedError, OptserveError, RequestError, UnavailableError } from './errors.js';
+import {
+  ClosedError,
+  LimitError,
+  OptserveError,
+  RequestError,
+  UnavailableError,
+} from './errors.js';
 
 /** @typedef {import('./types.js').RetryOptions} RetryOptions */
+/** @typedef {Required<RetryOptions>} RetryTerms */
 
-const TOTAL_S = 60; // A restart of the server fits in, with the sessions that it finds on its disk.
-const FIRST_WAIT_S = 0.1;
-const WAIT_S_MAX = 5;
+/** @type {RetryTerms} */
+const DEFAULTS = {
+  giveUpAfterS: 120, // A restart of the server fits in, with the sessions that it finds on its disk.
+  backoffS: 0.1,
+  backoffFactor: 2,
+  backoffMaxS: 5,
+  jitter: 0.5,
+};
 
-/** Tries again what may be tried again. */
+/** Tries again what may be tried again, once the server has answered for the first time: else it may be another address. */
 export class Retry {
-  #totalS;
-  #firstWaitS;
-  #waitSMax;
+  #terms;
+  #hasMet = false;
   #closing = new AbortController();
 
-  /** @param {RetryOptions} [options] @throws {RequestError} A time is none. */
-  constructor({ totalS = TOTAL_S, firstWaitS = FIRST_WAIT_S, waitSMax = WAIT_S_MAX } = {}) {
-    for (const [name, seconds] of Object.entries({ totalS, firstWaitS, waitSMax })) {
-      if (Number.isFinite(seconds) && seconds >= 0) continue;
-      throw new RequestError(`retry.${name} is ${seconds}; it must be a number of seconds`, {
-        reason: 'INVALID_FIELD',
-        field: `retry.${name}`,
-        actual: String(seconds),
-      });
-    }
-    this.#totalS = totalS;
-    this.#firstWaitS = firstWaitS;
-    this.#waitSMax = waitSMax;
+  /** @param {RetryTerms} terms */
+  constructor(terms) {
+    this.#terms = terms;
   }
 
   /**
-   * Do what may be done again until it has been answered, or the time is up.
+   * Do what may be done again until it has been answered, or fails for good, or the time is up.
    *
    * @template T
    * @param {(attempt: number) => Promise<T>} act
    * @param {(error: OptserveError, attempt: number) => boolean} [mayPass] Whether the same may work later.
    * @returns {Promise<T>}
-   * @throws {OptserveError} The last failure.
+   * @throws {OptserveError} What the last attempt came to.
    */
   async persevere(act, mayPass = isPassing) {
-    let since = Infinity; // When it first failed.
+    let begin; // When it first failed, in milliseconds.
     for (let attempt = 0; ; attempt += 1) {
       try {
-        return await act(attempt);
+        const answer = await act(attempt);
+        this.#hasMet = true;
+        return answer;
       } catch (error) {
-        if (!(error instanceof OptserveError && mayPass(error, attempt))) throw error;
-        since = Math.min(since, performance.now());
-        const waitS = this.#waitS(error, attempt);
-        if ((performance.now() - since) / 1e3 + waitS >= this.#totalS) throw error;
-        await this.#wait(waitS);
+        if (!(error instanceof OptserveError)) throw error;
+        this.#hasMet ||= error.reason !== undefined;
+        if (!this.#hasMet || !mayPass(error, attempt)) throw error;
+        const now = performance.now();
+        begin ??= now;
+        const waitMs = this.#waitS(error, attempt) * 1e3;
+        if (now + waitMs >= begin + this.#terms.giveUpAfterS * 1e3) throw error;
+        await this.#wait(waitMs);
       }
     }
   }
@@ -61,20 +67,22 @@ export class Retry {
   }
 
   /**
-   * Draw how long to wait: as long as the server asks for, and then anything up to a time that doubles. Clients that were
-   * cut off together would otherwise come back together.
+   * Say how long to wait: as long as the server asks for, and then a time that grows, and part of which is left to chance.
+   * Clients that were cut off together would otherwise come back together.
    *
    * @param {OptserveError} error
    * @param {number} attempt
    */
   #waitS({ retryAfterS = 0 }, attempt) {
-    return retryAfterS + Math.random() * Math.min(this.#waitSMax, this.#firstWaitS * 2 ** attempt);
+    const { backoffS, backoffFactor, backoffMaxS, jitter } = this.#terms;
+    const backoff = Math.min(backoffS * backoffFactor ** attempt, backoffMaxS);
+    return retryAfterS + backoff * (1 - jitter * Math.random());
   }
 
-  /** @param {number} seconds */
-  async #wait(seconds) {
+  /** @param {number} ms */
+  async #wait(ms) {
     try {
-      await delay(seconds * 1e3, undefined, { signal: this.#closing.signal });
+      await delay(ms, undefined, { signal: this.#closing.signal });
     } catch (cause) {
       throw new ClosedError('the client has been closed', { cause });
     }
@@ -82,13 +90,38 @@ export class Retry {
 }
 
 /**
+ * Complete what was given for a client's patience.
+ *
+ * @param {RetryOptions} [given]
+ * @returns {RetryTerms}
+ * @throws {RequestError} A number is not what it must be.
+ */
+export function retryTerms(given = {}) {
+  const terms = { ...DEFAULTS, ...given };
+  const least = { giveUpAfterS: 0, backoffS: 0, backoffFactor: 1, backoffMaxS: 0, jitter: 0 };
+  for (const [name, value] of Object.entries(terms)) {
+    const from = least[/** @type {keyof RetryTerms} */ (name)];
+    const to = name === 'jitter' ? 1 : Number.MAX_VALUE;
+    if (from !== undefined && value >= from && value <= to) continue;
+    const expected = from === undefined ? Object.keys(least).join(', ') : `at least ${from}`;
+    throw new RequestError(`retry.${name} must not be ${value}`, {
+      reason: from === undefined ? 'UNKNOWN_FIELD' : 'INVALID_FIELD',
+      field: `retry.${name}`,
+      expected,
+      actual: String(value),
+    });
+  }
+  return terms;
+}
+
+/**
  * Whether the same may work later: nothing answered, or the server asks to come back. A round that the other workers did not
- * come to has its own time, which the session says; whether to wait longer is for the caller to say.
+ * come to is none of these: how long a step waits for them is for the session to say.
  *
  * @param {OptserveError} error
  * @returns {boolean}
  */
 export function isPassing(error) {
-  if (error.reason === 'ROUND_TIMEOUT') return false;
-  return error instanceof UnavailableError || error.retryAfterS !== undefined;
+  if (error instanceof LimitError) return error.retryAfterS !== undefined;
+  return error instanceof UnavailableError || error.reason === 'STALLED';
 }

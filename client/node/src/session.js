@@ -14,17 +14,16 @@ import {
   tensorToMessage,
   wireBytes,
 } from './tensor.js';
-import { outcomeOf, statusOf, stepResultOf } from './view.js';
+import { contributionOf, stepResultOf } from './view.js';
 import { Worker } from './worker.js';
 
 /** @typedef {import('./calls.js').Calls} Calls */
-/** @typedef {import('./types.js').ContributionReport} ContributionReport */
+/** @typedef {import('./types.js').Contribution} Contribution */
 /** @typedef {import('./types.js').LossInput} LossInput */
 /** @typedef {import('./types.js').LossOutcome} LossOutcome */
 /** @typedef {import('./types.js').LossPoint} LossPoint */
 /** @typedef {import('./types.js').Named<import('./types.js').TensorLike>} NamedTensors */
 /** @typedef {import('./errors.js').OptserveError} OptserveError */
-/** @typedef {import('./seat.js').Seat} Seat */
 /** @typedef {import('./types.js').SessionChange} SessionChange */
 /** @typedef {import('./types.js').SessionStatus} SessionStatus */
 /** @typedef {import('./types.js').Split} Split */
@@ -125,9 +124,7 @@ export class Session {
    * @returns {Promise<StepResult>}
    */
   step(gradients, options) {
-    const worker = this.#workers.get(0) ?? new Worker(this.#calls, this.#view, 0);
-    this.#workers.set(0, worker);
-    return worker.step(gradients, options);
+    return this.#workerOf(0).step(gradients, options);
   }
 
   /**
@@ -141,14 +138,12 @@ export class Session {
     const seat = this.#view.seatOf(worker);
     const contribution = this.#view.contributionOf(seat, step, gradients);
     const timeoutS = this.#calls.timeoutS + this.#view.roundTimeoutS;
-    const answer = await contribution
-      .take(
-        this.#calls,
-        () => this.#calls.once('step', { sessionId: this.id, ...contribution.message }, timeoutS),
-        mayPassUnary,
-      )
-      .catch((error) => this.#explain(error, seat));
-    seat.answered(step);
+    const answer = await seat.take(
+      this.#calls,
+      contribution,
+      () => this.#calls.once('step', { sessionId: this.id, ...contribution.message }, timeoutS),
+      mayPassUnary,
+    );
     const encoding = encodingOf(answer.encoding);
     const named = answer.parameters.map((/** @type {any} */ t) => [
       t.header.name,
@@ -158,20 +153,27 @@ export class Session {
   }
 
   /**
-   * Ask what became of the last step that a worker contributed to: after a StepUnknownError, above all.
+   * Ask what became of the last step that a worker has sent, from whatever client.
    *
    * @param {number} [worker]
-   * @returns {Promise<ContributionReport>}
+   * @returns {Promise<Contribution>}
    */
   async getContribution(worker = 0) {
     const request = { sessionId: this.id, worker };
-    const { contribution, result, status } = await this.#calls.unary('getContribution', request);
-    this.#view.noteStatus(status);
-    return {
-      contribution: contribution === null ? undefined : decode('Contribution', contribution),
-      result: result === null ? undefined : outcomeOf(result),
-      status: statusOf(status),
-    };
+    const answer = await this.#calls.unary('getContribution', request);
+    return contributionOf(answer);
+  }
+
+  /**
+   * Go on from where the session stands, whatever was known of it here: for a worker that steps were lost of, and for one that
+   * takes the place of another. A step that waits for the other workers, and has this worker's gradients, is waited for.
+   *
+   * @param {number} [worker]
+   * @returns {Promise<{steps: number, parameters: Record<string, Tensor>}>} The newest parameters: the next step is `steps` + 1.
+   */
+  async resume(worker = 0) {
+    const result = await this.#workerOf(worker).resume();
+    return result ? { steps: result.step, parameters: result.parameters } : this.download();
   }
 
   /**
@@ -187,7 +189,8 @@ export class Session {
   }
 
   /**
-   * Compute the session's loss and its gradient with respect to the predictions.
+   * Compute the session's loss and its gradient with respect to the predictions. It is computed again when its answer is lost,
+   * and then stands twice in the history.
    *
    * @param {LossInput} input
    * @returns {Promise<LossOutcome>}
@@ -202,11 +205,9 @@ export class Session {
     // The answer must fit too: it may hold a gradient and elements, each as large as the predictions.
     const largest = Math.max(Number(bytes[0]) + Number(bytes[1]), 2 * Number(bytes[0]));
     const small = via === undefined ? largest <= MESSAGE_DATA_BYTES_MAX : via === 'unary';
-    const evaluate = () =>
-      small ? this.#evaluateInMessages(begin, sent) : this.#evaluateInStream(begin, sent);
-    // In the history it would stand twice: with a split it is done again only if it was refused.
-    const mayPass = others.split === undefined ? isPassing : mayPassRefused;
-    return this.#calls.persevere(evaluate, mayPass);
+    return this.#calls.persevere(() =>
+      small ? this.#evaluateInMessages(begin, sent) : this.#evaluateInStream(begin, sent),
+    );
   }
 
   /**
@@ -318,23 +319,11 @@ export class Session {
     return { first, tensors };
   }
 
-  /**
-   * Say what a refused unary step means; a stream says where the session stands when it is opened.
-   *
-   * @param {unknown} error
-   * @param {Seat} seat
-   * @returns {Promise<never>}
-   */
-  async #explain(error, seat) {
-    const isBehind =
-      error instanceof SessionError &&
-      error.reason === 'STEP_OUT_OF_ORDER' &&
-      Number(error.expected) <= seat.lastStep;
-    if (isBehind) {
-      const { session } = await this.#calls.unary('getSession', { sessionId: this.id });
-      this.#view.noteRestored(session.status, seat);
-    }
-    throw error;
+  /** @param {number} worker @returns {Worker} */
+  #workerOf(worker) {
+    const found = this.#workers.get(worker) ?? new Worker(this.#calls, this.#view, worker);
+    this.#workers.set(worker, found);
+    return found;
   }
 
   /** @param {any} answer @returns {this} */
@@ -348,11 +337,6 @@ export class Session {
 function mayPassUnary(error, attempt) {
   // The call that has just broken may not have been noticed yet on the other side.
   return isPassing(error) || (attempt > 0 && error.reason === 'WORKER_BUSY');
-}
-
-/** @param {OptserveError} error */
-function mayPassRefused(error) {
-  return error.reason !== undefined && isPassing(error);
 }
 
 /** @param {any} begin @param {Iterable<Tensor>} tensors @returns {Generator<any, void, void>} */

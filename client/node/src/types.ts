@@ -3,7 +3,6 @@
 
 import type { ChannelCredentials, ChannelOptions } from '@grpc/grpc-js';
 import type { Timestamp__Output } from '../generated/google/protobuf/Timestamp.js';
-import type { Contribution__Output } from '../generated/optserve/v1/Contribution.js';
 import type { DataType__Output } from '../generated/optserve/v1/DataType.js';
 import type { Encoding__Output } from '../generated/optserve/v1/Encoding.js';
 import type { GetCatalogueResponse__Output } from '../generated/optserve/v1/GetCatalogueResponse.js';
@@ -37,13 +36,11 @@ export type Given<T> = T extends null
         ? Date
         : T extends Tensor__Output
           ? Tensor
-          : T extends Uint8Array
-            ? Uint8Array
-            : T extends (infer Element)[]
-              ? Given<Element>[]
-              : T extends object
-                ? { [Key in keyof T]: Given<T[Key]> }
-                : T;
+          : T extends (infer Element)[]
+            ? Given<Element>[]
+            : T extends object
+              ? { [Key in keyof T]: Given<T[Key]> }
+              : T;
 
 /** A message as the client takes it: everything may be left out, and then means what the contract says about unset. */
 export type Taken<T> = T extends Tensor
@@ -125,16 +122,20 @@ export type LossPoint = Given<LossPoint__Output>;
 export type Catalogue = Given<GetCatalogueResponse__Output>;
 export type ServerInfo = Given<GetServerInfoResponse__Output>;
 
-/** The last step that a worker has contributed to; `digest` is of the content that it sent. */
-export type Contribution = Given<Contribution__Output>;
-
-/** What became of a worker's last step, and where the session stands. */
-export interface ContributionReport {
-  /** Unset: the worker has not contributed to any step. */
-  contribution?: Contribution;
-  /** What that step did. Unset: it waits for the other workers, or there has been another step since. */
+/** The last step that the server has of a worker, and where the session stands. */
+export interface Contribution {
+  /** Number of the step. Zero: the worker has sent none. */
+  step: number;
+  /** What its content is known by. Empty: the client that sent it gave none. */
+  digest: Uint8Array;
+  /** Whether it was applied. If not, it waits for the other workers. */
+  applied: boolean;
+  /** What it did. Unset: it was not applied yet, or another one was since. */
   result?: StepOutcome;
-  status: SessionStatus;
+  /** How many steps of the session have been applied. */
+  steps: number;
+  /** How many of its epochs have been ended. */
+  epochs: number;
 }
 
 /** What a step did. */
@@ -195,14 +196,21 @@ export interface LossOutcome {
   elements?: Tensor;
 }
 
-/** Time after which what failed is not tried again, and waits between attempts, which are drawn at random. */
+/**
+ * How long a call that came to nothing is tried again, if that is safe. The waits grow, and part of each is left to chance; a
+ * server that says when to come back is not asked before.
+ */
 export interface RetryOptions {
-  /** Seconds after the first failure. 0: nothing is tried again. Default: 60. */
-  totalS?: number;
-  /** Seconds that the first wait may last at most; it doubles with each further one. Default: 0.1. */
-  firstWaitS?: number;
-  /** Seconds that a wait may last at most, beside what the server asks for. Default: 5. */
-  waitSMax?: number;
+  /** Seconds after its first failure in which the last attempt of a call may begin. 0: nothing is tried again. Default: 120. */
+  giveUpAfterS?: number;
+  /** The first wait, in seconds. Default: 0.1. */
+  backoffS?: number;
+  /** How much longer each wait is than the one before. Default: 2. */
+  backoffFactor?: number;
+  /** The longest wait, in seconds. Default: 5. */
+  backoffMaxS?: number;
+  /** Share of a wait that is left to chance, from 0 to 1. Default: 0.5. */
+  jitter?: number;
 }
 
 /** What TLS needs, as PEM. */
@@ -222,14 +230,19 @@ export interface ClientOptions {
   tls?: TlsOptions | true;
   /** Who calls. Without TLS it is sent to a server on this host only. */
   token?: Token;
-  /** Whether the token may be sent without TLS to another host. Default: false. */
-  plaintextToken?: boolean;
+  /** Whether the token may be sent where anybody on the way can read it: without TLS, to another host. Default: false. */
+  allowPlaintextToken?: boolean;
   /** In the place of `tls`: gRPC's own. */
   credentials?: ChannelCredentials;
   /** Seconds after which a call has failed; a call that moves tensors, if nothing has moved for so long. Default: 60. */
   timeoutS?: number;
-  /** How calls are repeated when nothing answers, or the server asks to come back. */
+  /** What happens when the connection breaks, or the server asks to come back later. */
   retry?: RetryOptions;
+  /**
+   * Seconds that the connection may be silent before the server is asked whether it is there; without an answer it counts as
+   * broken 20 s later. Much less, and servers take it for an attack. Default: 45.
+   */
+  keepaliveS?: number;
   /** Further options of the gRPC channel. */
   channel?: ChannelOptions;
 }

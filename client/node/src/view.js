@@ -1,6 +1,6 @@
 /** What a client knows of its session: what is in force, and where the session stood when it last answered. */
 import { decode } from './contract.js';
-import { RequestError, StepsLostError } from './errors.js';
+import { RequestError } from './errors.js';
 import { Seat } from './seat.js';
 import { emptyTensor, headerFromMessage, tensorOf } from './tensor.js';
 
@@ -50,7 +50,7 @@ export class SessionView {
 
   /** @param {number} worker @returns {Seat} */
   seatOf(worker) {
-    const seat = this.#seats.get(worker) ?? new Seat(worker, this.spec.wire?.gradients);
+    const seat = this.#seats.get(worker) ?? this.#newSeat(worker);
     this.#seats.set(worker, seat);
     return seat;
   }
@@ -74,20 +74,14 @@ export class SessionView {
   }
 
   /**
-   * Take notice of where the server says that the session stands, when it has lost its memory perhaps.
+   * Go on from where the session stands, whatever was known of it.
    *
    * @param {any} message A SessionStatus.
-   * @param {Seat} seat Of a worker that was answered before the server said so.
-   * @returns {SessionStatus}
-   * @throws {StepsLostError} The worker was answered more steps than the server has. Is said once.
+   * @param {Seat} seat
    */
-  noteRestored(message, seat) {
-    const { lastStep } = seat;
-    const { steps } = message;
-    if (steps >= lastStep) return this.noteStatus(message);
+  resume(message, seat) {
     this.status = statusOf(message);
-    seat.rewind(steps);
-    throw new StepsLostError({ steps, answered: lastStep });
+    seat.resume(this.status.steps);
   }
 
   /** Take notice of a step. @param {StepResult} result @returns {StepResult} */
@@ -152,6 +146,11 @@ export class SessionView {
     return targets;
   }
 
+  /** @param {number} worker */
+  #newSeat(worker) {
+    return new Seat(worker, this.spec.wire?.gradients, this.status.steps);
+  }
+
   /** Whether there is one for every parameter, of its data type and shape. @param {Map<string, Tensor>} gradients */
   #isComplete(gradients) {
     if (gradients.size !== this.#headers.size) return false;
@@ -196,6 +195,17 @@ export function stepResultOf(message, parameters) {
 /** @param {any} message A StepResult. @returns {import('./types.js').StepOutcome} */
 export function outcomeOf({ step, epochs, rates, gradientNorm, replayed }) {
   return { step, epochs, rates: ratesOf(rates), gradientNorm, replayed };
+}
+
+/** @param {any} message A GetContributionResponse. @returns {import('./types.js').Contribution} */
+export function contributionOf({ contribution, result, status }) {
+  const { step, digest, applied } = contribution ?? {
+    step: 0,
+    digest: new Uint8Array(),
+    applied: false,
+  };
+  const { steps, epochs } = status;
+  return { step, digest, applied, ...(result && { result: outcomeOf(result) }), steps, epochs };
 }
 
 /** @param {{group: string, lr: number}[]} rates @returns {Record<string, number>} */

@@ -1,4 +1,6 @@
 /** One worker's steps over its long-lived Train stream. */
+import { randomBytes } from 'node:crypto';
+
 import { Answer } from './answer.js';
 import { ParameterTargets } from './encoded.js';
 import { ClosedError, UnavailableError } from './errors.js';
@@ -7,9 +9,12 @@ import { ClosedError, UnavailableError } from './errors.js';
 /** @typedef {import('./calls.js').Stream} Stream */
 /** @typedef {import('./contribution.js').Contribution} Contribution */
 /** @typedef {import('./types.js').Elements} Elements */
+/** @typedef {import('./seat.js').Seat} Seat */
 /** @typedef {import('./types.js').StepOptions} StepOptions */
 /** @typedef {import('./types.js').StepResult} StepResult */
 /** @typedef {import('./view.js').SessionView} SessionView */
+
+const CLIENT_ID_BYTES = 16; // As the contract has it.
 
 /** A worker of a session. Made by `Session.join`; it takes one step at a time. */
 export class Worker {
@@ -18,6 +23,11 @@ export class Worker {
   /** @type {TrainStream | undefined} */ #stream;
   /** @type {Promise<unknown>} */ #turn = Promise.resolve();
   #closed = false;
+  /**
+   * Lets the server end a stream of ours whose connection broke, when we open another one. Of this worker, and not of the
+   * client: two that take the same seat are a mistake.
+   */
+  #clientId = randomBytes(CLIENT_ID_BYTES);
 
   /** @param {Calls} calls @param {SessionView} view @param {number} worker */
   constructor(calls, view, worker) {
@@ -45,21 +55,27 @@ export class Worker {
    * @throws {import('./errors.js').OptserveError} Nothing was changed; after a StepUnknownError it is not known.
    */
   step(gradients, { step, into } = {}) {
-    const turn = this.#turn.then(() => {
-      const seat = this.#view.seatOf(this.worker);
+    return this.#inTurn((seat) => {
       const number = step ?? this.#view.nextStep;
       const contribution = this.#view.contributionOf(seat, number, gradients);
-      const targets = this.#view.targetsOf(into ?? {});
-      return contribution.take(this.#calls, async () => {
-        const stream = await this.#opened();
-        const timeoutS = this.#calls.timeoutS + this.#view.roundTimeoutS;
-        const result = await stream.step(contribution, targets, timeoutS);
-        seat.answered(number);
-        return result;
-      });
+      return this.#take(seat, contribution, this.#view.targetsOf(into ?? {}));
     });
-    this.#turn = turn.catch(() => {});
-    return turn.then((result) => this.#view.noteStep(result));
+  }
+
+  /**
+   * Go on from where the session stands, whatever was known of it here. A step that waits for the other workers, and has this
+   * worker's gradients, is waited for.
+   *
+   * @returns {Promise<StepResult | undefined>} What that step did; undefined if there is none.
+   */
+  resume() {
+    return this.#inTurn(async (seat) => {
+      const request = { sessionId: this.#view.id, worker: this.worker };
+      const { contribution, status } = await this.#calls.unary('getContribution', request);
+      this.#view.resume(status, seat);
+      const waits = contribution?.step > status.steps && contribution.digest.length > 0;
+      return waits ? this.#take(seat, seat.held(contribution), new Map()) : undefined;
+    });
   }
 
   /** Close the stream; a step that is under way fails. @returns {Promise<void>} */
@@ -72,12 +88,42 @@ export class Worker {
     await this.close();
   }
 
+  /**
+   * Act once what was asked for before has ended.
+   *
+   * @template T
+   * @param {(seat: Seat) => Promise<T>} act
+   * @returns {Promise<T>}
+   */
+  #inTurn(act) {
+    const turn = this.#turn.then(() => act(this.#view.seatOf(this.worker)));
+    this.#turn = turn.catch(() => {});
+    return turn;
+  }
+
+  /**
+   * @param {Seat} seat
+   * @param {Contribution} contribution
+   * @param {ReadonlyMap<string, Elements>} into
+   * @returns {Promise<StepResult>}
+   */
+  async #take(seat, contribution, into) {
+    const timeoutS = this.#calls.timeoutS + this.#view.roundTimeoutS;
+    const result = await seat.take(this.#calls, contribution, async () =>
+      (await this.#opened()).step(contribution, into, timeoutS),
+    );
+    return this.#view.noteStep(result);
+  }
+
   async #opened() {
     if (this.#closed) throw new ClosedError('the worker has been closed');
     if (this.#stream === undefined || this.#stream.isOver) {
       this.#stream = new TrainStream(this.#calls, this.#view);
-      const { status } = await this.#stream.open(this.#view.id, this.worker);
-      this.#view.noteRestored(status, this.#view.seatOf(this.worker));
+      const { worker } = this;
+      const place = { sessionId: this.#view.id, worker, clientId: this.#clientId };
+      const { status } = await this.#stream.open(place);
+      this.#view.seatOf(worker).checkKept(status.steps);
+      this.#view.noteStatus(status);
     }
     return this.#stream;
   }
@@ -108,14 +154,9 @@ class TrainStream {
     return this.#stream.isOver;
   }
 
-  /** @param {string} sessionId @param {number} worker @returns {Promise<any>} The TrainOpened. */
-  async open(sessionId, worker) {
-    const { clientId, timeoutS } = this.#calls;
-    const opened = await this.#ask(
-      [{ open: { sessionId, worker, clientId } }],
-      new Map(),
-      timeoutS,
-    );
+  /** @param {{sessionId: string, worker: number, clientId: Buffer}} place @returns {Promise<any>} The TrainOpened. */
+  async open(place) {
+    const opened = await this.#ask([{ open: place }], new Map(), this.#calls.timeoutS);
     this.#known = opened.contribution;
     return opened;
   }
@@ -132,7 +173,8 @@ class TrainStream {
 
   /** @returns {Promise<void>} */
   async close() {
-    this.#answer?.reject(new ClosedError('the worker was closed'));
+    // The server would end its side only once it has answered: after a round, perhaps.
+    if (this.#answer) this.#stream.fail(new ClosedError('the worker was closed'));
     await this.#stream.leave();
   }
 

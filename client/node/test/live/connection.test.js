@@ -1,6 +1,6 @@
 /** What happens when the connection does. Needs a server: OPTSERVE_ADDRESS=host:port node --test test/live/ */
 import assert from 'node:assert/strict';
-import { after, test } from 'node:test';
+import { test } from 'node:test';
 
 import {
   ClosedError,
@@ -10,68 +10,12 @@ import {
   StepUnknownError,
   UnavailableError,
 } from '../../src/index.js';
-import { Proxy } from './proxy.js';
-
-const address = process.env.OPTSERVE_ADDRESS;
-if (address === undefined) throw new Error('OPTSERVE_ADDRESS must name a server');
-
-const ELEMENTS = 1 << 20; // 4 MiB: more than a message holds.
-const ones = new Float32Array(ELEMENTS).fill(1);
-
-/** @type {(() => unknown)[]} */
-const leftovers = [];
-after(async () => {
-  for (const end of leftovers.reverse()) await end();
-});
-
-/**
- * A session whose only parameter, `w`, is minus the number of steps that have been applied.
- *
- * @param {{through?: string} & import('../../src/index.js').ClientOptions} [options]
- */
-async function counted({ through = address, ...options } = {}) {
-  const client = connect(/** @type {string} */ (through), options);
-  leftovers.push(() => client.close());
-  const session = await client.createSession({
-    parameters: { w: new Float32Array(ELEMENTS) },
-    optimizer: { sgd: { lr: 1 } },
-  });
-  leftovers.push(() => forget(session.id));
-  return { client, session };
-}
-
-/** @param {string} sessionId */
-async function forget(sessionId) {
-  const client = connect(/** @type {string} */ (address));
-  const session = await client.getSession(sessionId).catch(() => undefined);
-  await session?.delete();
-  await client.close();
-}
-
-async function proxied() {
-  const proxy = new Proxy(/** @type {string} */ (address));
-  leftovers.push(() => proxy.close());
-  return { proxy, through: await proxy.open() };
-}
-
-test('a step whose answer is lost on the way is applied once', async () => {
-  const { proxy, through } = await proxied();
-  const { session } = await counted({ through });
-  await session.step({ w: ones });
-  proxy.answerBytesMax = 1 << 20; // The answer is cut in its middle: the server has applied the step.
-  const second = await session.step({ w: ones });
-  assert.equal(proxy.cuts, 1);
-  assert.equal(second.step, 2);
-  assert.equal(second.replayed, true);
-  assert.ok(second.parameters.w?.data.every((value) => value === -2));
-  const third = await session.step({ w: ones });
-  assert.equal(third.replayed, false);
-  assert.ok(third.parameters.w?.data.every((value) => value === -3));
-});
+import { connected, counted, ELEMENTS, ones, proxied } from './ground.js';
 
 test('a step does not wait for ever for a server that says nothing', async () => {
   const { proxy, through } = await proxied();
-  const { session } = await counted({ through, timeoutS: 1 });
+  const { session: made } = await counted();
+  const session = await connected(through, { timeoutS: 2 }).getSession(made.id);
   await session.step({ w: ones });
   proxy.block();
   await assert.rejects(session.step({ w: ones }), (/** @type {any} */ error) => {
@@ -85,7 +29,7 @@ test('a step does not wait for ever for a server that says nothing', async () =>
 test('a server that is not there is unavailable', async () => {
   const { proxy, through } = await proxied();
   proxy.close();
-  const client = connect(through, { retry: { totalS: 0 } });
+  const client = connect(through);
   await assert.rejects(client.serverInfo(), UnavailableError);
   await client.close();
 });

@@ -1,17 +1,22 @@
-/** A way to the server that can be cut or blocked. */
+/** A way to the server that can be cut, blocked, or gone for a while. */
 import { createServer, connect as dial } from 'node:net';
 
 export class Proxy {
   /** @type {Set<import('node:net').Socket>} */ #sockets = new Set();
   #server;
   #blocked = false;
+  #down = false;
+  /** Bytes of requests after which the way is cut, once. */ sentBytesMax = Infinity;
   /** Bytes of answers after which the way is cut, once. */ answerBytesMax = Infinity;
   /** How often the way has been cut. */ cuts = 0;
+  /** Whether nothing answers after the next cut, until `restore`. */ staysCut = false;
+  /** Bytes of requests that have passed. */ sentBytes = 0;
 
   /** @param {string} target `host:port` of the server. */
   constructor(target) {
     const [host, port] = target.split(':');
     this.#server = createServer((client) => {
+      if (this.#down) return client.destroy();
       const server = dial(Number(port), host);
       for (const [from, to] of /** @type {const} */ ([
         [client, server],
@@ -38,6 +43,20 @@ export class Proxy {
     this.#blocked = true;
   }
 
+  /** Cut the way. */
+  cut() {
+    this.sentBytesMax = this.answerBytesMax = Infinity;
+    this.cuts += 1;
+    this.#down = this.staysCut;
+    for (const socket of this.#sockets) socket.destroy();
+    this.#sockets.clear();
+  }
+
+  /** Let connections through again. */
+  restore() {
+    this.staysCut = this.#down = false;
+  }
+
   close() {
     for (const socket of this.#sockets) socket.destroy();
     this.#server.close();
@@ -46,13 +65,10 @@ export class Proxy {
   /** @param {Buffer} bytes @param {import('node:net').Socket} to @param {boolean} isAnswer */
   #forward(bytes, to, isAnswer) {
     if (this.#blocked) return;
-    if (isAnswer && bytes.length > this.answerBytesMax) {
-      this.answerBytesMax = Infinity;
-      this.cuts += 1;
-      for (const socket of this.#sockets) socket.destroy();
-      return;
-    }
-    if (isAnswer) this.answerBytesMax -= bytes.length;
+    if (!isAnswer) this.sentBytes += bytes.length;
+    const which = isAnswer ? 'answerBytesMax' : 'sentBytesMax';
+    if (bytes.length > this[which]) return this.cut();
+    this[which] -= bytes.length;
     to.write(bytes);
   }
 }
