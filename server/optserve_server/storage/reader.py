@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from optserve_server.core.storage import DamagedError, Origin, Record
@@ -107,37 +108,55 @@ class JournalReader:
         expected = self.segments[position].first if self.segments else 0
         if expected > self._after + 1:
             what = f"record {self._after + 1} is missing; the journal begins with {expected}"
-            raise DamagedError(self.segments[position].path, 0, what)
+            expected = self._after + 1
+            header = self._header(position)
+            damage = DamagedError(self.segments[position].path, 0, what)
+            self._cut(position, 0, header, expected, damage)
         while position < len(self.segments):
             segment = self.segments[position]
-            with translated(segment.path):
-                file = self._disk.open(segment.path)
-            try:
+            with self._opened(position) as file:
                 expected = yield from self._segment(file, position, expected)
+                file.sync()  # A killed process has left that to us.
+            if expected > segment.first:
+                position += 1
+            else:  # Nothing is in it, and the next record's segment will have its name.
                 with translated(segment.path):
-                    file.sync()  # A killed process has left that to us.
-            finally:
-                file.close()
-            position += 1
+                    self._disk.remove(segment.path)
+                del self.segments[position]
         if self.segments:
             directory = self.segments[0].path.rpartition("/")[0]
             with translated(directory):
                 self._disk.sync_directory(directory)
 
-    def _origins(self) -> Iterator[Origin]:
-        segments = self.segments[self._begin :]
-        for position, segment in enumerate(segments):
-            with translated(segment.path):
-                file = self._disk.open(segment.path)
+    def _header(self, position: int) -> Header | None:
+        """Return the header of a segment, unless it is damaged."""
+        with self._opened(position) as file:
             try:
-                header, offset = read_header(file)
-                # All but the last one have records behind the snapshot, or another would be first.
-                if position + 1 < len(segments) or self._has_news(file, offset, header.first):
-                    yield header.origin
+                return read_header(file)[0]
             except DamagedError:
-                continue  # It is met again when it is read.
+                return None
+
+    @contextmanager
+    def _opened(self, position: int) -> Iterator[File]:
+        path = self.segments[position].path
+        with translated(path):
+            file = self._disk.open(path)
+            try:
+                yield file
             finally:
                 file.close()
+
+    def _origins(self) -> Iterator[Origin]:
+        for position in range(self._begin, len(self.segments)):
+            with self._opened(position) as file:
+                try:
+                    header, offset = read_header(file)
+                except DamagedError:
+                    continue  # It is met again when it is read.
+                # All but the last one have records behind the snapshot, or another would be first.
+                is_last = position + 1 == len(self.segments)
+                if not is_last or self._has_news(file, offset, header.first):
+                    yield header.origin
 
     def _has_news(self, file: File, offset: int, expected: int) -> bool:
         """Return whether a segment has a record behind the snapshot."""
@@ -152,7 +171,7 @@ class JournalReader:
         try:
             header, offset = read_header(file)
         except DamagedError as error:
-            self._cut(file, position, 0, None, expected, error)
+            self._cut(position, 0, None, expected, error)
             return expected
         if (header.session_id, header.first) != (self._session_id, segment.first):
             what = f"it belongs to session {header.session_id}, from record {header.first} on"
@@ -175,7 +194,7 @@ class JournalReader:
             else:
                 what = f"record {expected} is not what was written"
                 damage = DamagedError(segment.path, offset, what)
-                self._cut(file, position, offset, header, expected, damage)
+                self._cut(position, offset, header, expected, damage)
                 return expected
 
     def _is_followed(self, position: int, expected: int) -> bool:
@@ -193,7 +212,6 @@ class JournalReader:
 
     def _cut(
         self,
-        file: File,
         position: int,
         offset: int,
         header: Header | None,
@@ -205,43 +223,42 @@ class JournalReader:
         Raises:
             DamagedError: ``damage``: nothing explains it.
         """
-        if header is None:
-            tag = boot_tag(self._disk.boot)
-            same_boot = any(head.boot_tag == tag for head in self._behind(position, offset))
-        else:
-            same_boot = header.boot == self._disk.boot
-        if same_boot:
-            is_last = position + 1 == len(self.segments)
-            torn = is_last and header is not None and _is_short(file, offset, expected)
-        else:
-            torn = all(head.durable < expected for head in self._behind(position, offset))
-        if not torn:
+        if not self._is_torn(position, offset, header, expected):
             raise damage
         segment, behind = self.segments[position], self.segments[position + 1 :]
         cut_bytes = segment.byte_count - offset + sum(each.byte_count for each in behind)
-        if cut_bytes:
+        if cut_bytes > 0:
             _logger.warning(
                 "%s: cut %d bytes behind record %d, which a crash has left unfinished",
                 *(segment.path, cut_bytes, expected - 1),
             )
-        is_empty = expected == segment.first
-        with translated(segment.path):
-            for each in [*([segment] if is_empty else []), *behind]:
+        with self._opened(position) as file:
+            for each in reversed(behind):
                 self._disk.remove(each.path)
-            if not is_empty:
-                file.truncate(offset)
-                segment.byte_count = offset
-        del self.segments[position + (not is_empty) :]
+            file.truncate(offset)
+        del self.segments[position + 1 :]
+        segment.byte_count = min(offset, segment.byte_count)
+
+    def _is_torn(self, position: int, offset: int, header: Header | None, expected: int) -> bool:
+        """Return whether a crash explains that record ``expected`` is not at ``offset``."""
+        boot = self._disk.boot
+        if header is None:
+            tag = boot_tag(boot)
+            same_boot = any(head.boot_tag == tag for head in self._behind(position, offset))
+        else:
+            same_boot = header.boot == boot
+        if not same_boot:
+            return all(head.durable < expected for head in self._behind(position, offset))
+        if header is None or position + 1 < len(self.segments):
+            return False
+        with self._opened(position) as file:
+            return _is_short(file, offset, expected)
 
     def _behind(self, position: int, offset: int) -> Iterator[Head]:
         """Yield the heads of the whole records behind a place."""
-        for segment in self.segments[position:]:
-            with translated(segment.path):
-                file = self._disk.open(segment.path)
-            try:
+        for each in range(position, len(self.segments)):
+            with self._opened(each) as file:
                 yield from (head for _, head in whole_heads(file, offset))
-            finally:
-                file.close()
             offset = 0
 
 

@@ -267,7 +267,7 @@ def decode_record(path: str, offset: int, head: Head, data: Tensor) -> Record:
             raise DamagedError(path, offset, "a tensor is longer than the record")
         try:
             tensors.append((position, data[begin:end].view(dtype).reshape(shape)))
-        except (OverflowError, RuntimeError):  # No elements, but more rows than torch can count.
+        except (RuntimeError, TypeError):  # No elements, but more rows than torch can count.
             raise DamagedError(path, offset, "a tensor has an impossible shape") from None
     if end != len(view):
         raise DamagedError(path, offset, "the record is longer than what is in it")
