@@ -13,6 +13,7 @@ do: tests/README.md.
 from __future__ import annotations
 
 import argparse
+import logging
 import secrets
 import signal
 import sys
@@ -43,6 +44,8 @@ def main() -> int:
         for machine in MACHINES:
             console.print(f"{machine.name:<12} {machine.summary}")
         return 0
+    # What clients bear with is what the machines are for: it is counted, and need not be told.
+    logging.getLogger("optserve_client").setLevel(logging.ERROR)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     chosen = [each for each in MACHINES if not arguments.only or each.name in arguments.only]

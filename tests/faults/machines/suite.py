@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from faults.machines.cutting import cut
 from faults.machines.decoding import decode
 from faults.machines.frame import Machine
+from faults.machines.overload import overload
 from faults.machines.simulating import run_seeds
 
 MACHINES = (
@@ -21,8 +23,26 @@ MACHINES = (
         summary="clients, connections and threads of chance around the core, in one thread",
         unit="seeds",
         whole_count=10_000,
-        whole_s=200,
+        whole_s=250,
         test_count=120,
         run=run_seeds,
+    ),
+    Machine(
+        name="cuts",
+        summary="connections that are cut, stalled or half-closed at any byte, under real clients",
+        unit="connections",
+        whole_count=1_000,
+        whole_s=120,
+        test_count=20,
+        run=cut,
+    ),
+    Machine(
+        name="overload",
+        summary="clients that ask together for ten times what a server has",
+        unit="clients",
+        whole_count=200,
+        whole_s=60,
+        test_count=24,
+        run=overload,
     ),
 )

@@ -1,0 +1,129 @@
+"""Courses of training that real clients take while something breaks, and their histories."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+
+import numpy as np
+import torch
+from faults.machines.history import Entry, Saw, Tensors, Training, hash_of
+from torch import Tensor
+
+import optserve_client as optserve
+from optserve_client.optim import AnyOptimizer
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+SMALL: Shapes = {"w": (300,), "b": (7,)}
+MIDDLE: Shapes = {"w": (200, 300), "b": (7,)}
+LARGE: Shapes = {"w": (300_000,), "b": (7,), "last": (400, 500)}
+"""Two messages each way."""
+
+_Optimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+
+_OPTIMIZERS: Sequence[tuple[AnyOptimizer, _Optimizer]] = (
+    (
+        optserve.optim.SGD(lr=0.1, momentum=0.9),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True),
+    ),
+    (optserve.optim.Adam(lr=0.01), partial(torch.optim.Adam, lr=0.01, fused=True)),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """What a session trains, and for how long."""
+
+    name: str
+    """What all of its numbers come from."""
+    shapes: Shapes
+    optimizer: AnyOptimizer
+    torch_optimizer: _Optimizer
+    workers: int
+    steps: int
+    via: optserve.Via = "stream"
+
+    @classmethod
+    def of(cls, random: Random, *, sizes: Sequence[Shapes], workers: int, steps: int) -> Course:
+        """Return a course of chance."""
+        optimizer, torch_optimizer = random.choice(_OPTIMIZERS)
+        shapes = random.choice(sizes)
+        return cls(
+            name=random.randbytes(4).hex(),
+            shapes=shapes,
+            optimizer=optimizer,
+            torch_optimizer=torch_optimizer,
+            workers=workers,
+            steps=steps,
+            via="unary" if shapes is SMALL and random.random() < 0.3 else "stream",
+        )
+
+    @property
+    def byte_count(self) -> int:
+        """How many bytes a step brings, each way."""
+        return sum(4 * int(np.prod(shape)) for shape in self.shapes.values())
+
+    def training(self, *, rollback_max: int = 0) -> Training:
+        """Return what torch has to do again."""
+        return Training(
+            initial=self.content(b"initial"),
+            optimizer=self.torch_optimizer,
+            workers=self.workers,
+            content=self.content,
+            rollback_max=rollback_max,
+        )
+
+    def digest(self, worker: int, step: int) -> bytes:
+        """Return what a contribution is known by here."""
+        return f"{worker} {step}".encode()
+
+    def content(self, digest: bytes) -> Tensors:
+        """Return the numbers that a digest stands for."""
+        source = hashlib.blake2b(self.name.encode() + digest, digest_size=8).digest()
+        rng = np.random.default_rng(int.from_bytes(source, "little"))
+        return {
+            name: torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+            for name, shape in self.shapes.items()
+        }
+
+
+def create(client: optserve.Client, course: Course) -> optserve.Session:
+    """Create the course's session."""
+    return client.create_session(
+        _arrays(course.content(b"initial")),
+        optimizer=course.optimizer,
+        workers=course.workers,
+        via=course.via,
+    )
+
+
+def attend(session: optserve.Session, course: Course, worker: int, log: list[Entry]) -> None:
+    """Take the course's steps as one of its workers, and write down what it saw."""
+    for step in range(session.steps + 1, course.steps + 1):
+        entry = Entry(worker=worker, saw=Saw.SENT, step=step, digest=course.digest(worker, step))
+        log.append(entry)
+        result = session.step(_arrays(course.content(entry.digest)), step=step)
+        assert result.step == step, f"step {step} was answered by {result}"
+        seen = hash_of(tensors_of(session.parameters))
+        log.append(
+            Entry(
+                worker=worker,
+                saw=Saw.ANSWERED,
+                step=step,
+                digest=entry.digest,
+                parameters=seen,
+            )
+        )
+
+
+def tensors_of(parameters: Mapping[str, optserve.Array]) -> Tensors:
+    """Return copies of parameters."""
+    return {name: torch.from_numpy(np.array(value)) for name, value in parameters.items()}
+
+
+def _arrays(tensors: Tensors) -> dict[str, optserve.Array]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
