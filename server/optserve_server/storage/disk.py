@@ -190,6 +190,8 @@ class LocalFile:
 
     def write_at(self, offset: int, pieces: Sequence[memoryview | bytes]) -> None:
         """See File."""
+        if len(pieces) == 1 and os.pwrite(self._descriptor, pieces[0], offset) == len(pieces[0]):
+            return  # A small record; otherwise it is begun again, and writes the same.
         waiting = [memoryview(piece) for piece in pieces if len(piece)]
         waiting.reverse()  # The next one is the last: taking it away costs nothing.
         while waiting:

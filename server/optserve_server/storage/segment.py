@@ -14,13 +14,16 @@ tail.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
+import torch
 import xxhash
 from torch import Tensor
 
@@ -46,9 +49,11 @@ _MAGIC = b"OPRC"
 _CHECKSUM = struct.Struct("<Q")
 HEAD_BYTES = _HEAD.size + _CHECKSUM.size
 _TENSOR = struct.Struct("<IBBH")  # Position, data type, number of dimensions, nothing.
+_POSITION = struct.Struct("<I")
 
 _JOINED_MAX = 64 << 10  # Up to here one copy into one buffer costs less than many pieces.
 _ZEROS = bytes(ALIGNMENT)
+_encode_facts = json.JSONEncoder(separators=(",", ":")).encode
 _SEARCHED_BYTES = 1 << 20  # At once; a multiple of the alignment.
 
 
@@ -166,16 +171,21 @@ def encode_record(record: Record, durable: int, tag: int) -> tuple[list[memoryvi
         durable: See Head.
         tag: Of Disk.boot.
     """
-    facts = json.dumps(dict(record.facts), separators=(",", ":")).encode() if record.facts else b""
-    headers = b"".join(_tensor_header(position, tensor) for position, tensor in record.tensors)
-    meta = facts + headers
+    facts = _encode_facts(dict(record.facts)).encode() if record.facts else b""
+    headers = [
+        _POSITION.pack(i) + _tensor_header(each.dtype, each.shape) for i, each in record.tensors
+    ]
+    meta = b"".join([facts, *headers])
+    is_small = sum(tensor.nbytes for _, tensor in record.tensors) <= _JOINED_MAX
     pieces: list[memoryview | bytes] = [meta]
     end = HEAD_BYTES + len(meta)
     for _, tensor in record.tensors:
-        view = byte_view(tensor)
-        pieces += [_ZEROS[: -end % ALIGNMENT], view]
-        end += -end % ALIGNMENT + len(view)
-    if end <= _JOINED_MAX:
+        piece = _copied(tensor) if is_small else byte_view(tensor)
+        if end % ALIGNMENT:
+            pieces.append(_ZEROS[: -end % ALIGNMENT])
+        pieces.append(piece)
+        end += -end % ALIGNMENT + len(piece)
+    if is_small:
         pieces = [b"".join(pieces)]
     hasher = xxhash.xxh3_128()
     for piece in pieces:
@@ -286,10 +296,17 @@ def whole_heads(source: Source, offset: int) -> Iterator[tuple[int, Head]]:
             found = block.find(_MAGIC, found + 1)
 
 
-def _tensor_header(position: int, tensor: Tensor) -> bytes:
-    shape = tensor.shape
-    head = _TENSOR.pack(position, types.NUMBERS[tensor.dtype], len(shape), 0)
-    return head + struct.pack(f"<{len(shape)}Q", *shape)
+@lru_cache(maxsize=4096)
+def _tensor_header(dtype: torch.dtype, shape: torch.Size) -> bytes:
+    """Return what stands behind a tensor's position: every step has the same ones."""
+    return struct.pack(f"<BBH{len(shape)}Q", types.NUMBERS[dtype], len(shape), 0, *shape)
+
+
+def _copied(tensor: Tensor) -> bytes:
+    """Return a copy of a small tensor's bytes; by its address: a view takes five times as long."""
+    assert tensor.is_contiguous(), "records have contiguous tensors"
+    assert tensor.device.type == "cpu", "records have tensors on the CPU"
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 
 def _facts(path: str, offset: int, text: bytes) -> dict[str, Any]:
