@@ -242,10 +242,10 @@ async def _look_after(registry: SessionRegistry, config: Config) -> None:
     pause_s = min(timeout_s for timeout_s in timeouts_s if timeout_s) / _EXPIRY_INTERVALS
     while True:
         await asyncio.sleep(pause_s)
-        for session_id in await registry.expire_idle(config.idle_timeout_s):
+        for session_id in await registry.expire_idle(
+            config.idle_timeout_s, config.durable_idle_timeout_s
+        ):
             _LOGGER.info("idle session deleted", extra={"session": session_id})
         if config.park_timeout_s:
             for session_id in await registry.park_idle(config.park_timeout_s):
                 _LOGGER.info("idle session parked", extra={"session": session_id})
-        for session_id in await registry.expire_parked(config.durable_idle_timeout_s):
-            _LOGGER.info("parked session deleted", extra={"session": session_id})

@@ -124,7 +124,8 @@ class Config(BaseSettings):
     idle_timeout_s: Seconds = _LIMITS.idle_timeout_s
     """A session that nobody has used for so many seconds is deleted, if it is not durable."""
     durable_idle_timeout_s: Seconds = 2_592_000.0
-    """A durable session that has been parked for so many seconds is deleted: by default 30 days."""
+    """A durable session that nobody has used for so many seconds is deleted: by default 30 days.
+    They are counted from the start of the server, for what it finds on disk."""
     drain_timeout_s: Seconds = 30.0
     """How many seconds calls have to end by themselves after SIGTERM."""
 

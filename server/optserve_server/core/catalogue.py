@@ -32,14 +32,15 @@ def catalogue_facts(
 class ParkedSession:
     """A session that lies on disk only."""
 
-    def __init__(self, stored: StoredSession, *, since_s: float) -> None:
-        """Read what the catalogue says of it.
+    def __init__(self, stored: StoredSession, monotonic: Callable[[], float]) -> None:
+        """Read what the catalogue says of a session that is parked now.
 
         Args:
             stored: In the catalogue.
-            since_s: When nobody had used it any more; see Surroundings.monotonic.
+            monotonic: See Surroundings.
         """
-        self.since_s = since_s
+        self._monotonic = monotonic
+        self._parked_s = monotonic()
         self.damaged = False
         """Whether what is on disk is not what was written there."""
         self.request: CreationRequest | None = None
@@ -69,6 +70,10 @@ class ParkedSession:
     def session_id(self) -> str:
         """The session's id."""
         return self._session_id
+
+    def idle_s(self) -> float:
+        """Return for how long it has been parked."""
+        return self._monotonic() - self._parked_s
 
     @property
     def is_moving(self) -> bool:

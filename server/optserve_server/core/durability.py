@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,7 +103,8 @@ class Archive:
         # Of the last snapshot, and of the one that is being written.
         self._saved = self._begun = _Mark(sequence=store.snapshot_sequence, steps=saved_steps)
         # Of the journal: each is counted by one thread at a time.
-        self._recorded_bytes = self._reported_bytes = self._saved_bytes = 0
+        self._recorded_bytes = self._reported_bytes = store.journal_bytes
+        self._saved_bytes = 0
         self._syncing: Future[None] | None = None
         self._saving: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -194,11 +196,22 @@ class Archive:
                     "the server's disk has failed, and no longer takes what the session has"
                 ) from error
 
+    def stop(self) -> None:
+        """Begin no more snapshots: the session is about to leave the memory."""
+        self._closed = True
+        self._stop_timer()
+
+    async def settle(self) -> None:
+        """Write what has not been written, as far as that can be, and close."""
+        with suppress(OptserveError):  # It has been logged; what was saved before is there.
+            if not self.journals:
+                await self.save()
+        await self.close()
+
     async def close(self) -> None:
         """Write no more, and let go of the files; what was written is on stable storage then."""
-        self._closed = True
+        self.stop()
         self._session.recorder = None
-        self._stop_timer()
         if self._saving:
             await asyncio.wait([self._saving])
         try:
@@ -245,12 +258,16 @@ class Archive:
         try:
             with self._budget.reserved(count, what="a snapshot", field=""):
                 async with work.lock.shared():
+                    if self._closed:  # The session may be empty by now.
+                        return
                     state = await work.run(self._session.capture)
                     self._note_begun(state)
                 await self._write(state)
         except MemoryExhaustedError:
             # There is no room for a copy: the session waits while it is written itself.
             async with work.lock.shared():
+                if self._closed:
+                    return
                 state = await work.run(lambda: self._session.capture(copy=False))
                 self._note_begun(state)
                 await self._write(state)

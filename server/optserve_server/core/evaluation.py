@@ -45,7 +45,7 @@ async def evaluate(
 
 async def _add_point(actor: SessionActor, split: Split, outcome: LossOutcome) -> None:
     session = actor.session
-    if actor.archive and actor.archive.journals:  # Its place among the records is its number.
+    if actor.archive:  # Between two steps, where it has a place among the changes.
         async with actor.writing():
             await actor.make(lambda: session.add_point(_point(actor, split, outcome)))
     else:

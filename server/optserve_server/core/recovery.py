@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from optserve_server.core.admission import session_bytes
 from optserve_server.core.changes import replay
 from optserve_server.core.device import Device
 from optserve_server.core.errors import JournalForeignError, OptserveError, SessionDamagedError
@@ -35,6 +36,10 @@ class Recovered:
     """Steps that its snapshot contains."""
     stepped_s: float | None
     """When the last step was applied, in seconds since the epoch."""
+    byte_count: int
+    """How much memory the session takes at most."""
+    is_foreign: bool
+    """Whether something else has written its journal."""
 
 
 def recover(session_id: str, persistence: Persistence, device: Device, limits: Limits) -> Recovered:
@@ -79,7 +84,14 @@ def _recover(
             raise
         raise _damaged(store.session_id, error) from error
     _check_skipped(loaded, session, store.session_id)
-    return Recovered(session=session, store=store, saved_steps=state.steps, stepped_s=stepped_s)
+    return Recovered(
+        session=session,
+        store=store,
+        saved_steps=state.steps,
+        stepped_s=stepped_s,
+        byte_count=session_bytes(session.spec, device.torch),
+        is_foreign=bool(loaded.origins - {persistence.origin}),
+    )
 
 
 def _check_origin(loaded: Loaded, persistence: Persistence) -> None:

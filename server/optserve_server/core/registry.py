@@ -6,9 +6,10 @@ import asyncio
 import dataclasses
 import functools
 import itertools
+import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from torch import Tensor
@@ -18,7 +19,6 @@ from optserve_server.core.admission import Budget, session_bytes
 from optserve_server.core.catalogue import ParkedSession
 from optserve_server.core.creations import CreationRequest, Creations
 from optserve_server.core.device import Device
-from optserve_server.core.durability import Archive
 from optserve_server.core.errors import (
     MemoryExhaustedError,
     OptserveError,
@@ -220,24 +220,27 @@ class SessionRegistry:
             await self._shelf.discard(parked)
         return session
 
-    async def expire_idle(self, idle_timeout_s: float) -> list[str]:
-        """Delete the sessions in memory only that nobody has used for so long; return their ids."""
-        expired = []
-        for session_id in list(self._actors):
-            actor = self._actors.get(session_id)  # Others come and go while one is being deleted.
-            if actor is None or actor.archive is not None or actor.idle_s() <= idle_timeout_s:
-                continue
-            await self.delete(actor.opened.tenant, session_id)
-            expired.append(session_id)
-        return expired
+    async def expire_idle(
+        self, idle_timeout_s: float, durable_idle_timeout_s: float = math.inf
+    ) -> list[str]:
+        """Delete the sessions that nobody has used for so long, and return their ids.
 
-    async def expire_parked(self, timeout_s: float) -> list[str]:
-        """Delete the sessions that have lain on disk for so long; return their ids."""
-        now_s, expired = self.surroundings.monotonic(), []
-        for parked in list(self._shelf.parked.values()) if self._shelf else ():
-            if not parked.is_moving and now_s - parked.since_s > timeout_s:
-                await self.delete(parked.opened.tenant, parked.session_id)
-                expired.append(parked.session_id)
+        Args:
+            idle_timeout_s: Of sessions that are in memory only.
+            durable_idle_timeout_s: Of durable ones, wherever they are; a restart begins anew.
+        """
+        expired = []
+        for session_id in list(self._order):  # Others come and go while one is being deleted.
+            actor = self._actors.get(session_id)
+            parked = self._shelf.parked.get(session_id) if self._shelf else None
+            session = actor or parked
+            if session is None or (parked and parked.is_moving):
+                continue
+            durable = actor is None or actor.archive is not None
+            timeout_s = durable_idle_timeout_s if durable else idle_timeout_s
+            if session.idle_s() > timeout_s:
+                await self.delete(session.opened.tenant, session_id)
+                expired.append(session_id)
         return expired
 
     async def park_idle(self, park_timeout_s: float) -> list[str]:
@@ -266,7 +269,7 @@ class SessionRegistry:
         """Make durable what durable sessions have, and let go of the disk; there is no way back."""
         self._draining = True
         durable = [actor.archive for actor in self._actors.values() if actor.archive]
-        await asyncio.gather(*(_settle(archive) for archive in durable))
+        await asyncio.gather(*(archive.settle() for archive in durable))
 
     async def _park(self, actor: SessionActor, park_timeout_s: float) -> bool:
         """Park a session, unless it cannot be saved, or is used meanwhile."""
@@ -293,6 +296,11 @@ class SessionRegistry:
         except BaseException:
             self._release(tenant, count)
             raise
+        with suppress(MemoryExhaustedError):  # It is there already, and cannot take less.
+            growth = actor.reserved_bytes - count
+            actor.reserved_bytes = count
+            self._reserve(tenant, growth, what="the session", field="session_id")
+            actor.reserved_bytes += growth
         self._enter(actor)
 
     def _enter(self, actor: SessionActor) -> None:
@@ -303,6 +311,8 @@ class SessionRegistry:
 
     async def _leave(self, actor: SessionActor) -> None:
         """Take a session out of memory."""
+        if actor.archive:
+            actor.archive.stop()
         try:
             await actor.close()
         finally:
@@ -373,16 +383,6 @@ def _made(
     if values:
         session.set_parameters(values)
     return session
-
-
-async def _settle(archive: Archive) -> None:
-    try:
-        if not archive.journals:
-            await archive.save()
-    except OptserveError:
-        pass  # It has been logged; what was saved before is there.
-    finally:
-        await archive.close()
 
 
 def _not_found(session_id: str) -> SessionNotFoundError:

@@ -345,7 +345,7 @@ class Session:
             loss = LossFunction(spec.loss, self._device.torch) if spec.loss else None
         for position, (group, rate_set) in enumerate(zip(spec.groups, rates_set, strict=True)):
             if rate_set and self._schedule:
-                self._schedule.check_rebase(position, group.hyperparameters["lr"])
+                self._schedule.check_rebase(position, group.hyperparameters["lr"])  # type: ignore[arg-type]
         self._record(SpecChange(spec=spec, rates_set=rates_set))
         torch_groups = self._optimizer.param_groups
         for position, (group, rate_set) in enumerate(zip(spec.groups, rates_set, strict=True)):

@@ -54,10 +54,9 @@ class Shelf:
 
     async def load(self) -> Sequence[ParkedSession]:
         """Find the sessions that lie on disk; return them, the oldest first."""
-        now_s = self._surroundings.monotonic()
         stored = await self._persistence.run(self._persistence.storage.sessions)
         for each in stored:
-            self._parked[each.session_id] = ParkedSession(each, since_s=now_s)
+            self._parked[each.session_id] = ParkedSession(each, self._surroundings.monotonic)
         self._tell()
         return list(self._parked.values())
 
@@ -86,6 +85,8 @@ class Shelf:
     async def take(self, parked: ParkedSession, reserved_bytes: int) -> SessionActor:
         """Bring a session back into memory, ``reserved_bytes`` of which are reserved for it.
 
+        It may need more by now: see SessionActor.reserved_bytes.
+
         Raises:
             SessionDamagedError, JournalForeignError: It cannot come back.
         """
@@ -103,11 +104,14 @@ class Shelf:
         except SessionDamagedError:
             parked.damaged = True
             raise
-        actor = SessionActor(recovered.session, parked.opened, reserved_bytes, self._surroundings)
+        count = max(reserved_bytes, recovered.byte_count)
+        actor = SessionActor(recovered.session, parked.opened, count, self._surroundings)
         actor.created_s = parked.standing().created_s
         actor.stepped_s = recovered.stepped_s
         actor.request = parked.request
-        self._keep(actor, recovered.store, saved_steps=recovered.saved_steps)
+        archive = self._keep(actor, recovered.store, saved_steps=recovered.saved_steps)
+        # What was made of a foreign journal must not be made of it once more, elsewhere.
+        archive.changed(at_once=recovered.is_foreign)
         del self._parked[parked.session_id]
         self._tell()
         return actor
@@ -122,7 +126,7 @@ class Shelf:
         stored = StoredSession(
             session_id=actor.session_id, facts=actor.facts(), sequence=0, bytes_on_disk=0
         )
-        parked = ParkedSession(stored, since_s=self._surroundings.monotonic())
+        parked = ParkedSession(stored, self._surroundings.monotonic)
         self._parked[actor.session_id] = parked
         self._tell()
 
@@ -147,18 +151,18 @@ class Shelf:
         storage = self._persistence.storage
         await self._persistence.run(lambda: storage.delete(parked.session_id))
 
-    def _keep(self, actor: SessionActor, store: SessionStore, *, saved_steps: int) -> None:
-        actor.keep(
-            Archive(
-                actor,
-                store,
-                saved_steps=saved_steps,
-                persistence=self._persistence,
-                surroundings=self._surroundings,
-                budget=self._budget,
-                limits=self._limits,
-            )
+    def _keep(self, actor: SessionActor, store: SessionStore, *, saved_steps: int) -> Archive:
+        archive = Archive(
+            actor,
+            store,
+            saved_steps=saved_steps,
+            persistence=self._persistence,
+            surroundings=self._surroundings,
+            budget=self._budget,
+            limits=self._limits,
         )
+        actor.keep(archive)
+        return archive
 
     def _tell(self) -> None:
         self._surroundings.observer.sessions_parked(len(self._parked))
