@@ -5,7 +5,7 @@ What must come is added by generate.py, save where an author says it: above all,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tensors import Json, given, of
 
@@ -17,6 +17,8 @@ class Scenario:
     name: str
     about: str
     acts: list[Json]
+    cuts: list[Json] = field(default_factory=list)
+    """Where the connection breaks: see cuts.py. Whether a step was answered before is not asked."""
     effective: bool = False
     """Whether what is in force in a session (its spec, every default filled in) must come too."""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from author import Scenario
 from author_catalogue import CATALOGUE
+from author_cuts import CUTS
 from author_refusals import REFUSALS
 from author_sessions import SESSIONS
 from author_tensors import TENSORS
@@ -24,7 +25,7 @@ from author_wire import WIRE
 from reference import ANSWERS, Session
 from tensors import Json
 
-SCENARIOS = (*CATALOGUE, *SESSIONS, *TENSORS, *WIRE, *REFUSALS)
+SCENARIOS = (*CATALOGUE, *SESSIONS, *TENSORS, *WIRE, *CUTS, *REFUSALS)
 FOLDER = Path(__file__).parent / "scenarios"
 _LINE_CHARS_MAX = 110
 
@@ -60,9 +61,12 @@ def completed(scenario: Scenario) -> Json:
     for act in scenario.acts:
         if "expect" not in act and "refused" not in act:
             answer = copy.deepcopy(answer_of(act, sessions, effective=scenario.effective))
+            if scenario.cuts:
+                answer.pop("replayed", None)
             act = act | {"expect": answer}  # noqa: PLW2901 - the same act, completed.
         acts.append(act)
-    return {"name": scenario.name, "about": scenario.about, "acts": acts}
+    cuts = {"cuts": scenario.cuts} if scenario.cuts else {}
+    return {"name": scenario.name, "about": scenario.about, **cuts, "acts": acts}
 
 
 def answer_of(act: Json, sessions: dict[str, Session], *, effective: bool) -> Json:

@@ -18,8 +18,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from cuts import cut_wire
 
 HERE = Path(__file__).parent
 NODE = HERE.parent / "node"
@@ -93,7 +95,25 @@ def server() -> Iterator[str]:
 
 
 def examine(runner: Runner, scenarios: Sequence[Path], address: str) -> Report:
-    """Let a client take the exam."""
+    """Let a client take the exam: those scenarios by themselves that have a wire of their own."""
+    cuts = {path: json.loads(path.read_text()).get("cuts", []) for path in scenarios}
+    reports = [_sit(runner, [path for path in scenarios if not cuts[path]], address)]
+    for path in (path for path in scenarios if cuts[path]):
+        with cut_wire(address, cuts[path]) as wire:
+            report = _sit(runner, [path], wire.address)
+        if wire.ahead and not report.failures.get(path.stem):
+            done = len(cuts[path]) - len(wire.ahead)
+            problem = f"the connection was cut {done} times, and not {len(cuts[path])}"
+            report = replace(report, failures={path.stem: problem})
+        reports.append(report)
+    failures = {name: each for report in reports for name, each in report.failures.items()}
+    troubles = [report.trouble for report in reports if report.trouble]
+    return Report(failures=failures, trouble="; ".join(troubles) or None)
+
+
+def _sit(runner: Runner, scenarios: Sequence[Path], address: str) -> Report:
+    if not scenarios:
+        return Report()
     try:
         done = subprocess.run(
             [*runner.command, *map(str, scenarios), "--target", address],

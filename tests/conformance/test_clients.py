@@ -80,6 +80,17 @@ def test_a_client_notices_what_is_wrong(
     assert f"{client} failed sgd: act 3:" in exam.stdout
 
 
+def test_a_connection_that_should_have_been_cut_is_missed(
+    client: str, exam_address: str, tmp_path: Path
+) -> None:
+    scenario = json.loads((EXAM / "scenarios" / "sgd.json").read_text())
+    scenario["cuts"] = [{"sent": 1 << 30}]
+    (tmp_path / "sgd.json").write_text(json.dumps(scenario))
+    exam = examine(client, exam_address, "--folder", str(tmp_path))
+    assert exam.returncode == 1, exam.stdout
+    assert f"{client} failed sgd: the connection was cut 0 times, and not 1" in exam.stdout
+
+
 def test_the_scenarios_are_what_torch_computes() -> None:
     check = subprocess.run(
         [sys.executable, str(EXAM / "generate.py"), "--check"],

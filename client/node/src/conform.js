@@ -24,6 +24,7 @@ for (const path of positionals) {
 async function play(path, target) {
   const { name, acts } = JSON.parse(await readFile(path, 'utf8'));
   const client = connect(target);
+  await client.serverInfo(); // From now on it is known that there is a server.
   const player = new Player(client);
   let failure = null;
   for (const [i, act] of acts.entries()) {
