@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
-from drivers_grpc import StubDriver
+from drivers_grpc import StubDriver, opening
 from event_loop import TIMEOUT_S
 from messages import bytes_of, chunks_of
 from refusals import RefusedError, translated
@@ -60,30 +60,31 @@ class Answer:
 class RawStream:
     """Sends what it is told to, and reads only when it is told to."""
 
-    def __init__(self, driver: StubDriver, session_id: str) -> None:
+    def __init__(self, driver: StubDriver, session_id: str, client_id: bytes = b"") -> None:
         self._requests: SimpleQueue[pb.TrainRequest | None] = SimpleQueue()
         self._responses = driver.stub.Train(iter(self._requests.get, None), timeout=TIMEOUT_S)
         self._answer = Answer()
-        self.send(open=pb.TrainOpen(session_id=session_id))
+        self.send(open=opening(session_id, 0, client_id))
         with translated():
-            self.status = next(self._responses).opened.status
+            self.opened = next(self._responses).opened
+        self.status = self.opened.status
 
     def send(self, **event: object) -> None:
         """Send one event."""
         self._requests.put(pb.TrainRequest(**event))  # type: ignore[arg-type] # By its name.
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, digest: bytes = b"") -> None:
         """Begin a step that has a gradient for every parameter."""
-        self.send(begin=pb.StepBegin(step=step, every_parameter=True))
+        self.send(begin=pb.StepBegin(step=step, every_parameter=True, digest=digest))
 
     def chunks(self, messages: Sequence[TensorChunks]) -> None:
         """Send chunks of gradients."""
         for message in messages:
             self.send(chunks=message)
 
-    def end(self) -> None:
+    def end(self, digest: bytes = b"") -> None:
         """End the step."""
-        self.send(end=pb.StepEnd())
+        self.send(end=pb.StepEnd(digest=digest))
 
     def step(self, step: int, gradients: Sequence[Tensor]) -> Answer:
         """Take a whole step."""
@@ -126,9 +127,9 @@ class RawStream:
 
 
 @contextmanager
-def raw_stream(driver: StubDriver, session_id: str) -> Iterator[RawStream]:
+def raw_stream(driver: StubDriver, session_id: str, client_id: bytes = b"") -> Iterator[RawStream]:
     """Open a stream for a block; whatever goes on is broken off at its end."""
-    stream = RawStream(driver, session_id)
+    stream = RawStream(driver, session_id, client_id)
     try:
         yield stream
     finally:
