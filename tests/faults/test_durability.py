@@ -1,0 +1,357 @@
+"""What survives: of every mode what it promises, bit for bit, and nothing that was not there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from drivers import reopened, take
+from faults.disks import MemoryDisk
+from faults.durable import (
+    FSYNC,
+    HERE,
+    JOURNAL,
+    DurableServer,
+    durable_server,
+    durable_spec,
+    paths,
+    see,
+    snapshots,
+    stepped,
+)
+from faults.ground import Mistakes, ground
+from refusals import refused
+from scenarios.models import gradients, model, spec
+
+from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.optimizer_pb2 import SGD, Adam, Optimizer
+from optserve.v1.session_pb2 import Durability, DurabilityMode, LossPoint, SessionState, Split
+from optserve_server.core.limits import Limits
+
+ELSEWHERE = dataclasses.replace(HERE, torch="1.0.0")
+STEPS = 3
+"""How many steps a course has."""
+
+
+def course(server: DurableServer, session_id: str) -> Iterator[str]:
+    """Change a session in every way; yield what has been changed, after it was acknowledged."""
+    driver = server.driver
+    with driver.worker(session_id) as worker:
+        for step in range(1, STEPS):
+            take(worker, step, gradients(step))
+            yield "step"
+        driver.end_epoch(session_id, 1)
+        yield "epoch"
+        driver.evaluate(session_id, torch.eye(4), torch.arange(4), split=Split.SPLIT_TRAIN)
+        yield "loss"
+        changed = Optimizer(adam=Adam(lr=0.3, betas=[0.7, 0.8]))
+        driver.update(
+            pb.UpdateSessionRequest(session_id=session_id, optimizer=changed, display_name="new")
+        )
+        yield "spec"
+        driver.upload(session_id, {"b": torch.ones(5)})
+        yield "parameters"
+        take(worker, STEPS, {"w": gradients(STEPS)["w"]})
+        yield "step without a gradient for each parameter"
+
+
+@pytest.mark.parametrize("fsync", [False, True], ids=["killed", "unplugged"])
+def test_a_journal_keeps_all_that_was_acknowledged(*, fsync: bool) -> None:
+    disks = []
+    with durable_server() as server:
+        wanted = durable_spec(FSYNC if fsync else JOURNAL)
+        session_id = server.driver.create(wanted, model()).status.session_id
+        for change in course(server, session_id):
+            seen = see(server.driver, session_id)
+            assert seen.session.status.durable_steps == seen.session.status.steps
+            disks.append((change, seen, server.unplugged() if fsync else server.killed()))
+        expected = stepped(server.driver, session_id, STEPS + 1, STEPS + 3)
+    for change, seen, disk in disks:
+        with durable_server(disk) as server:
+            assert see(server.driver, session_id) == seen, change
+    with durable_server(disks[-1][2]) as server:
+        assert stepped(server.driver, session_id, STEPS + 1, STEPS + 3) == expected
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_snapshots_lose_no_more_steps_than_was_agreed_and_say_how_many_are_safe(steps: int) -> None:
+    last = 12
+    after: list[dict[str, bytes]] = []
+    disks = []
+    with durable_server() as server:
+        session_id = server.driver.create(durable_spec(snapshots(steps)), model()).status.session_id
+        after.append(see(server.driver, session_id).parameters)
+        for step in range(1, last + 1):
+            after.append(stepped(server.driver, session_id, step, step))
+            safe = server.driver.get(session_id).status.durable_steps
+            assert step - safe <= steps
+            disks.append((step, safe, server.unplugged()))
+    for step, safe, disk in disks:
+        with durable_server(disk) as server:
+            status = server.driver.get(session_id).status
+            assert safe <= status.steps <= step
+            assert status.durable_steps == status.steps
+            assert see(server.driver, session_id).parameters == after[status.steps]
+            stepped(server.driver, session_id, status.steps + 1, last)
+            assert see(server.driver, session_id).parameters == after[last]
+
+
+def test_a_snapshot_is_taken_after_its_time_however_few_steps_there_are() -> None:
+    with durable_server() as server:
+        wanted = durable_spec(snapshots(1000, seconds=0.05))
+        session_id = server.driver.create(wanted, model()).status.session_id
+        stepped(server.driver, session_id, 1, 1)
+        server.driver.evaluate(session_id, torch.eye(4), torch.arange(4), split=Split.SPLIT_TRAIN)
+        while server.driver.get(session_id).status.durable_steps < 1:
+            pass  # A test that hangs has a timeout.
+        points = see(server.driver, session_id).points
+        while not _restored_points(disk := server.killed(), session_id):
+            pass
+    assert _restored_points(disk, session_id) == points
+
+
+def _restored_points(disk: MemoryDisk, session_id: str) -> list[LossPoint]:
+    with durable_server(disk) as server:
+        return see(server.driver, session_id).points
+
+
+@pytest.mark.parametrize("durability", [JOURNAL, snapshots(1000)], ids=["journal", "snapshots"])
+def test_a_graceful_stop_loses_nothing(durability: Durability) -> None:
+    with durable_server() as server:
+        session_id = server.driver.create(durable_spec(durability), model()).status.session_id
+        for _ in course(server, session_id):
+            seen = see(server.driver, session_id)
+        disk = server.disk
+    disk.lose_power()
+    with durable_server(disk) as server:
+        came = see(server.driver, session_id)
+        came.session.status.durable_steps = seen.session.status.durable_steps
+        assert came == seen
+
+
+def test_a_server_that_is_killed_answers_the_last_step_again_and_knows_other_content() -> None:
+    with durable_server() as server:
+        session_id = server.driver.create(durable_spec(JOURNAL), model()).status.session_id
+        with server.driver.worker(session_id) as worker:
+            first = worker.start(1, gradients(1), digest=b"first").result()
+        disk = server.killed()
+    with durable_server(disk) as server, reopened(server.driver, session_id) as worker:
+        again = worker.start(1, gradients(1), digest=b"first").result()
+        assert again.result.replayed
+        again.result.replayed = False
+        assert again.result == first.result
+        with refused("STEP_CONFLICT", field="digest"):
+            worker.start(1, gradients(2), digest=b"other").result()
+        found = server.driver.stub.GetContribution(pb.GetContributionRequest(session_id=session_id))
+        assert found.contribution == pb.Contribution(step=1, digest=b"first", applied=True)
+
+
+def test_the_request_that_made_a_session_is_known_after_a_restart() -> None:
+    wanted = durable_spec(JOURNAL)
+    with durable_server() as server:
+        made = server.driver.create(wanted, model(), request_id="mine")
+        disk = server.killed()
+    with durable_server(disk) as server:
+        again = server.driver.create(wanted, model(), request_id="mine")
+        assert again.status.session_id == made.status.session_id
+        with refused("REQUEST_CONFLICT", field="request_id"):
+            server.driver.create(wanted, request_id="mine")
+
+
+def test_a_session_is_durable_with_its_values_or_not_there() -> None:
+    with durable_server() as server:
+        server.driver.create(durable_spec(snapshots(1000)), model())
+        disk = server.unplugged()
+    with durable_server(disk) as server:
+        (found,) = server.driver.sessions().sessions
+        assert server.driver.get(found.session_id).status.state == SessionState.SESSION_STATE_READY
+
+
+def test_sessions_in_memory_only_are_not_on_disk() -> None:
+    with durable_server() as server:
+        server.driver.create(spec(SGD()), model())
+        disk = server.killed()
+    with durable_server(disk) as server:
+        assert not server.driver.sessions().sessions
+
+
+def test_what_is_deleted_stays_deleted() -> None:
+    with durable_server() as server:
+        session_ids = [
+            server.driver.create(durable_spec(each), model()).status.session_id
+            for each in (JOURNAL, snapshots(1))
+        ]
+        for session_id in session_ids:
+            stepped(server.driver, session_id, 1, 2)
+            server.driver.delete(session_id)
+        assert server.registry.budget.reserved_bytes == 0
+        disk = server.unplugged()
+    with durable_server(disk) as server:
+        assert not server.driver.sessions().sessions
+
+
+def test_a_journal_is_replaced_by_a_snapshot_before_it_is_too_large() -> None:
+    most = 1 << 20
+    parameters = {"w": torch.zeros(20_000)}  # 80 KB: a dozen steps.
+    with durable_server(limits=Limits(journal_bytes_max=most)) as server:
+        wanted = spec(SGD(lr=0.1), parameters=parameters)
+        wanted.durability.CopyFrom(JOURNAL)
+        session_id = server.driver.create(wanted, parameters).status.session_id
+        with server.driver.worker(session_id) as worker:
+            for step in range(1, 101):
+                take(worker, step, {"w": torch.full((20_000,), float(step))})
+        written = server.disk.used_bytes
+        last = server.driver.download(session_id)["w"]
+        disk = server.killed()
+    assert written < 8 * most  # A journal for each of two snapshots, twice as long at the most.
+    with durable_server(disk) as server:
+        assert torch.equal(server.driver.download(session_id)["w"], last)
+
+
+def test_a_full_disk_refuses_the_step_and_takes_it_once_there_is_room() -> None:
+    with durable_server() as server:
+        session_id = server.driver.create(durable_spec(JOURNAL), model()).status.session_id
+        stepped(server.driver, session_id, 1, 1)
+        before = see(server.driver, session_id)
+        server.disk.capacity = server.disk.used_bytes
+        for _ in range(2):
+            with refused("STORAGE_FULL", field="session_id"):
+                stepped(server.driver, session_id, 2, 2)
+            with refused("STORAGE_FULL", field="session_id"):
+                server.driver.end_epoch(session_id, 1)
+            with refused("STORAGE_FULL", field="session_id"):
+                server.driver.upload(session_id, {"b": torch.ones(5)})
+            with refused("STORAGE_FULL", field="spec.session_id"):
+                server.driver.create(durable_spec(JOURNAL), model())
+            assert see(server.driver, session_id) == before
+        assert len(server.driver.sessions().sessions) == 1
+        server.disk.capacity = 1 << 40
+        expected = stepped(server.driver, session_id, 2, 3)
+        disk = server.killed()
+    with durable_server(disk) as server:
+        assert stepped(server.driver, session_id, 3, 3) == expected
+
+
+def test_snapshots_that_find_no_room_hold_the_session_before_more_is_lost_than_was_agreed() -> None:
+    with durable_server() as server:
+        session_id = server.driver.create(durable_spec(snapshots(4)), model()).status.session_id
+        stepped(server.driver, session_id, 1, 1)
+        server.disk.capacity = server.disk.used_bytes
+        stepped(server.driver, session_id, 2, 4)
+        with refused("STORAGE_FULL", field="session_id"):
+            stepped(server.driver, session_id, 5, 5)
+        server.disk.capacity = 1 << 40
+        stepped(server.driver, session_id, 5, 9)
+
+
+def test_a_disk_that_fails_ends_the_session_and_a_restart_brings_back_what_was_acknowledged() -> (
+    None
+):
+    with durable_server() as server:
+        session_id = server.driver.create(durable_spec(FSYNC), model()).status.session_id
+        expected = stepped(server.driver, session_id, 1, 2)
+
+        def fail(operation: str) -> None:
+            if operation.startswith("sync"):
+                raise OSError(5, "the disk is broken")
+
+        server.disk.before = fail
+        with refused("SESSION_FAILED"):
+            stepped(server.driver, session_id, 3, 3)
+        state = server.driver.get(session_id).status.state
+        assert state == SessionState.SESSION_STATE_FAILED
+        disk = server.unplugged()
+        server.disk.before = lambda _: None
+    with durable_server(disk) as server:
+        status = server.driver.get(session_id).status
+        assert status.state == SessionState.SESSION_STATE_READY
+        assert status.steps in (2, 3)  # What was not acknowledged may be there.
+        assert stepped(server.driver, session_id, 2, 2) == expected or status.steps == 3
+
+
+def _damage(disk: MemoryDisk, session_id: str, kind: str) -> None:
+    """Flip a bit in the middle of each of a session's files of a kind."""
+    found = [path for path in paths(disk) if session_id in path and kind in path]
+    assert found
+    for path in found:
+        disk.damage(path, len(disk.read(path)) // 2)
+
+
+@pytest.mark.parametrize("kind", ["journal", "snapshot"])
+def test_damage_refuses_its_session_and_no_other(kind: str) -> None:
+    with durable_server() as server:
+        ids = [
+            server.driver.create(durable_spec(JOURNAL), model()).status.session_id for _ in range(2)
+        ]
+        for session_id in ids:
+            stepped(server.driver, session_id, 1, 5)
+        seen = see(server.driver, ids[1])
+        disk = server.killed()
+    _damage(disk, ids[0], kind)
+    with durable_server(disk) as server:
+        for _ in range(2):
+            with refused("SESSION_DAMAGED", field="session_id"):
+                server.driver.get(ids[0])
+        assert see(server.driver, ids[1]) == seen
+        states = {each.session_id: each.state for each in server.driver.sessions().sessions}
+        assert states == {
+            ids[0]: SessionState.SESSION_STATE_DAMAGED,
+            ids[1]: SessionState.SESSION_STATE_READY,
+        }
+        server.driver.delete(ids[0])
+        assert [each.session_id for each in server.driver.sessions().sessions] == [ids[1]]
+
+
+def test_a_foreign_journal_is_replayed_only_when_that_is_asked_for() -> None:
+    with durable_server(origin=ELSEWHERE) as server:
+        session_id = server.driver.create(durable_spec(JOURNAL), model()).status.session_id
+        stepped(server.driver, session_id, 1, 3)
+        seen = see(server.driver, session_id)
+        disk = server.killed()
+    with durable_server(disk) as server:
+        with refused("JOURNAL_FOREIGN", field="session_id"):
+            server.driver.get(session_id)
+        (listed,) = server.driver.sessions().sessions
+        assert listed.state == SessionState.SESSION_STATE_PARKED
+        disk = server.killed()
+    with durable_server(disk, replay_foreign=True) as server:
+        assert see(server.driver, session_id) == seen
+
+
+def test_durability_of_a_server_without_a_disk_is_refused() -> None:
+    with ground() as where, Mistakes(where).refused("NO_STORAGE", "spec.durability.mode"):
+        where.driver.create(durable_spec(JOURNAL))
+
+
+@pytest.mark.parametrize(
+    ("durability", "field"),
+    [
+        pytest.param(Durability(snapshot_steps=3), "mode", id="snapshots of nothing"),
+        pytest.param(Durability(fsync=True), "fsync", id="fsync of nothing"),
+        pytest.param(
+            Durability(mode=DurabilityMode.DURABILITY_MODE_SNAPSHOT, fsync=True),
+            "fsync",
+            id="fsync of snapshots",
+        ),
+        pytest.param(snapshots(1, seconds=-1.0), "snapshot_s", id="a negative time"),
+        pytest.param(snapshots(1, seconds=float("nan")), "snapshot_s", id="no time"),
+        pytest.param(Durability(mode=9), "mode", id="an unknown mode"),  # type: ignore[arg-type]
+    ],
+)
+def test_durability_that_makes_no_sense_is_refused(durability: Durability, field: str) -> None:
+    with durable_server() as server:
+        with refused("INVALID_FIELD", field=f"spec.durability.{field}"):
+            server.driver.create(durable_spec(durability))
+        assert not server.driver.sessions().sessions
+
+
+def test_what_is_in_force_says_how_often_snapshots_are_taken() -> None:
+    with durable_server() as server:
+        wanted = Durability(mode=DurabilityMode.DURABILITY_MODE_SNAPSHOT)
+        in_force = server.driver.create(durable_spec(wanted)).spec.durability
+        assert in_force.snapshot_steps > 0
+        assert in_force.snapshot_s > 0
+        again = server.driver.create(durable_spec(in_force)).spec.durability
+        assert again == in_force
