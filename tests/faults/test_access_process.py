@@ -21,6 +21,8 @@ from faults.ground import rich_spec
 from faults.strangers import (
     AUDIENCE,
     ISSUER,
+    NEIGHBOUR,
+    NEIGHBOUR_TOKEN,
     OWNER,
     OWNER_TOKEN,
     ChannelDriver,
@@ -30,6 +32,8 @@ from messages import bytes_of
 from refusals import refused
 from scenarios.models import gradients, model
 from server_process import running_server
+
+from optserve.v1.session_pb2 import DurabilityMode, SessionState
 
 TIMEOUT_S = 20.0
 LOOK_S = 1.5  # Files are read again a second after they were.
@@ -138,6 +142,34 @@ def test_tokens_are_given_and_taken_back_under_a_running_server(
         token_file(tokens, [(OWNER, OWNER_TOKEN)])
         time.sleep(LOOK_S)
         assert driver.get(session_id).status.steps == 1
+
+
+def test_owners_are_known_again_after_a_restart(authority: Authority, tmp_path: Path) -> None:
+    files = ServerFiles.of(tmp_path, authority.server())
+    tokens = [(OWNER, OWNER_TOKEN), (NEIGHBOUR, NEIGHBOUR_TOKEN)]
+    flags = [*files.flags, "--tokens", str(token_file(tmp_path / "tokens.toml", tokens))]
+    flags += ["--data-dir", str(tmp_path / "data")]
+    wanted = rich_spec()
+    wanted.durability.mode = DurabilityMode.DURABILITY_MODE_JOURNAL
+    with (
+        running_server(*flags) as server,
+        tls_channel(server.address, authority.root, token=OWNER_TOKEN) as channel,
+    ):
+        session_id = ChannelDriver(channel).create(wanted, model()).status.session_id
+    with running_server(*flags) as server:
+        with tls_channel(server.address, authority.root, token=NEIGHBOUR_TOKEN) as channel:
+            neighbour = ChannelDriver(channel)
+            assert not neighbour.sessions().sessions
+            with refused("SESSION_NOT_FOUND"):
+                neighbour.get(session_id)
+            with refused("SESSION_NOT_FOUND"):
+                neighbour.delete(session_id)
+        with tls_channel(server.address, authority.root, token=OWNER_TOKEN) as channel:
+            owner = ChannelDriver(channel)
+            (status,) = owner.sessions().sessions
+            # The neighbour has not even had it brought back from disk.
+            assert status.state == SessionState.SESSION_STATE_PARKED
+            assert owner.get(session_id).status.state == SessionState.SESSION_STATE_READY
 
 
 def test_the_log_holds_no_secret_and_no_value_even_at_its_most_talkative(

@@ -58,6 +58,7 @@ async def _create(
         "session created",
         extra={
             "session": actor.session_id,
+            "tenant": registry.tenant,
             "optimizer": spec.optimizer.kind,
             "parameters": len(spec.parameters),
             "workers": spec.workers,
