@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+from optserve_server.core import failpoints
 from optserve_server.core.storage import (
     DamagedError,
     Json,
@@ -120,6 +121,7 @@ class LocalSessionStore:
                 save_directory(
                     self._disk, path, lambda unfinished: self._write(unfinished, snapshot)
                 )
+            failpoints.reach("snapshot-renamed")
             self._snapshots.append(snapshot.sequence)
             self._journal.skip_to(snapshot.sequence)
             self._prune()
@@ -166,6 +168,7 @@ class LocalSessionStore:
 
     def _write(self, path: str, snapshot: Snapshot) -> None:
         write_snapshot(self._disk, path, snapshot, self._origin, self._owner.encode())
+        failpoints.reach("snapshot-written")
 
     def _read(self, sequence: int) -> Snapshot:
         path = f"{self._directory}/{snapshot_name(sequence)}"
