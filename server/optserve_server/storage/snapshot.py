@@ -8,13 +8,14 @@ It is written under another name, synced, and renamed: a snapshot that has its n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import xxhash
 from torch import Tensor
 
+from optserve_server.core import failpoints
 from optserve_server.core.storage import DamagedError, Json, Origin, Snapshot
 from optserve_server.core.tensors import byte_view
 from optserve_server.storage import tensors as types
@@ -24,6 +25,8 @@ from optserve_server.storage.safetensors import decode_tensors, encode_tensors
 
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
+
+_BURST_BYTES = 16 << 20  # Some 20 ms of a disk that writes 1 GB/s.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +67,8 @@ def write_snapshot(
                 hasher.update(piece)
             checksum = hasher.hexdigest()
             files.append(disk.create(f"{path}/{TENSORS}"))
-            files[-1].write_at(0, pieces)
+            _write_evenly(files[-1], pieces)
+        failpoints.reach("snapshot-half-written")
         text = encode_document(
             {
                 "sequence": snapshot.sequence,
@@ -140,6 +144,24 @@ def read_snapshot(disk: Disk, path: str) -> tuple[Manifest, Snapshot]:
             raise DamagedError(name, 0, "it is not what was written")
         tensors = decode_tensors(name, data)
     return manifest, Snapshot(sequence=manifest.sequence, facts=manifest.facts, tensors=tensors)
+
+
+def _write_evenly(file: File, pieces: Sequence[memoryview | bytes]) -> None:
+    """Write a large file in bursts, each synced: commits wait for no more than one of them.
+
+    What is left after the last burst is the caller's to sync, together with other files.
+    """
+    offset = size = 0
+    burst: list[memoryview | bytes] = []
+    for piece in pieces:
+        for begin in range(0, len(piece), _BURST_BYTES):
+            burst.append(memoryview(piece)[begin : begin + _BURST_BYTES])
+            size += len(burst[-1])
+            if size >= _BURST_BYTES:
+                file.write_at(offset, burst)
+                file.sync()
+                offset, size, burst = offset + size, 0, []
+    file.write_at(offset, burst)
 
 
 def _read_tensors(disk: Disk, path: str, byte_count: int) -> Tensor:

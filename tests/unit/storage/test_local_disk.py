@@ -21,6 +21,7 @@ from unit.storage.sessions import (
 
 from optserve_server.core.storage import Record, RecordKind, StorageBusyError, StorageFailedError
 from optserve_server.storage import disk as disk_module
+from optserve_server.storage import snapshot as snapshot_module
 from optserve_server.storage.disk import LocalDisk, LocalFile, translated
 from optserve_server.storage.local import LocalStorage
 
@@ -98,6 +99,19 @@ def test_write_that_the_system_cuts_short_is_finished(
     file.write_at(5, pieces)
     file.close()
     assert (tmp_path / "file").read_bytes() == bytes(5) + b"".join(pieces)
+
+
+@pytest.mark.parametrize("burst_bytes", [7, 64, 400, 1000])
+def test_snapshot_that_is_written_in_bursts_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, burst_bytes: int
+) -> None:
+    monkeypatch.setattr(snapshot_module, "_BURST_BYTES", burst_bytes)
+    storage = storage_in(tmp_path)
+    store = begun(storage)
+    store.save_snapshot(snapshot_of(1))
+    store.close()
+    assert load(storage.open(store.session_id)) == (1, 1)
+    storage.close()
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 30])
