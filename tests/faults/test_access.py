@@ -15,6 +15,7 @@ from faults.strangers import (
     NEIGHBOUR,
     OWNER,
     OWNER_TOKEN,
+    TIMEOUT_S,
     ChannelDriver,
     ClosedGround,
     call,
@@ -28,6 +29,8 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from refusals import RefusedError, refused
 
+from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 from optserve_server.rpc import probe
 from optserve_server.rpc.server import SERVICE
 
@@ -184,6 +187,20 @@ def test_pages_of_a_tenant_hold_no_gaps_for_others(closed: ClosedGround) -> None
         assert not second.next_page_token
         for session_id in own:
             neighbour.delete(session_id)
+
+
+def test_what_a_tenant_calls_a_request_is_its_own_affair(closed: ClosedGround) -> None:
+    """Or who guesses an id would be answered with another's session, or learn that it is taken."""
+    request = pb.CreateSessionRequest(spec=rich_spec(), request_id="the-first")
+    owner = OptimizerServiceStub(closed.where.channel)
+    theirs = owner.CreateSession(request, timeout=TIMEOUT_S).session.status.session_id
+    with closed.neighbour() as channel:
+        neighbour = OptimizerServiceStub(channel)
+        request.spec.display_name = "another"
+        own = neighbour.CreateSession(request, timeout=TIMEOUT_S).session.status.session_id
+        assert own != theirs
+        ChannelDriver(channel).delete(own)
+    closed.where.driver.delete(theirs)
 
 
 def test_health_is_told_to_everybody_who_can_connect(by_token: ClosedGround) -> None:
