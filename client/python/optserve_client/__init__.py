@@ -20,6 +20,8 @@ from importlib.metadata import version
 
 from optserve_client import lr_scheduler, nn, optim
 from optserve_client._spec import (
+    Durability,
+    DurabilityMode,
     ParameterGroup,
     Placeholder,
     ScheduleUnit,
@@ -98,6 +100,8 @@ __all__ = [
     "Contribution",
     "DataTypeMismatchError",
     "DeadlineError",
+    "Durability",
+    "DurabilityMode",
     "EpochEmptyError",
     "EpochOutOfOrderError",
     "InternalError",

@@ -14,6 +14,8 @@ from optserve.v1.optimizer_pb2 import Optimizer
 from optserve.v1.optimizer_service_pb2 import UpdateSessionRequest
 from optserve.v1.scheduler_pb2 import Scheduler
 from optserve.v1.scheduler_pb2 import ScheduleUnit as Unit
+from optserve.v1.session_pb2 import Durability as DurabilityMessage
+from optserve.v1.session_pb2 import DurabilityMode as Mode
 from optserve.v1.session_pb2 import NonFinitePolicy, SessionLimits, SessionSpec
 from optserve.v1.session_pb2 import ParameterGroup as Group
 from optserve.v1.session_pb2 import Wire as WireMessage
@@ -31,6 +33,9 @@ pass."""
 
 WireEncoding: TypeAlias = Literal["BF16", "FP16", "INT8_BLOCKS"]
 """What stands for float32 elements on the wire, as ``Encoding`` in the contract has it."""
+
+DurabilityMode: TypeAlias = Literal["NONE", "SNAPSHOT", "JOURNAL"]
+"""What survives the process of the server."""
 
 _UNITS = {"steps": Unit.SCHEDULE_UNIT_STEPS, "epochs": Unit.SCHEDULE_UNIT_EPOCHS}
 
@@ -59,6 +64,24 @@ class Wire:
 
     gradients: WireEncoding | None = None
     parameters: WireEncoding | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Durability:
+    """How much of a session may be lost; anything but "NONE" takes a server with a data directory.
+
+    "SNAPSHOT" loses what came after the last snapshot; ``status().durable_steps`` says from where
+    to go on. "JOURNAL" loses nothing that was answered. Zeros leave it to the server, whose answer
+    tells.
+    """
+
+    mode: DurabilityMode = "NONE"
+    snapshot_steps: int = 0
+    """After how many steps a snapshot is taken."""
+    snapshot_s: float = 0.0
+    """After how many seconds a change is in a snapshot."""
+    fsync: bool = False
+    """Whether an answered step also survives a loss of power; for "JOURNAL" only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +119,8 @@ class SpecOptions(TypedDict, total=False):
     """How long a step waits for the other workers. Default: as long as the server allows."""
     wire: Wire
     """How gradients and parameters travel, such as ``Wire(gradients="BF16")``. Default: exactly."""
+    durability: Durability
+    """What survives the server, such as ``Durability(mode="JOURNAL")``. Default: nothing."""
 
 
 class WorkerOptions(TypedDict, total=False):
@@ -140,6 +165,7 @@ def session_spec(
     loss_points_max: int | None = None,
     round_timeout_s: float | None = None,
     wire: Wire | None = None,
+    durability: Durability | None = None,
 ) -> SessionSpec:
     """Return the spec of a new session; the arguments are those of ``SpecOptions``.
 
@@ -157,6 +183,7 @@ def session_spec(
         non_finite=_non_finite_policy(allowed=allow_non_finite),
         limits=SessionLimits(loss_points_max=loss_points_max, round_timeout_s=round_timeout_s),
         wire=None if wire is None else _wire(wire),
+        durability=None if durability is None else _durability(durability),
     )
 
 
@@ -209,6 +236,18 @@ def _wire(wire: Wire) -> WireMessage:
     return WireMessage(
         gradients=_encoding(wire.gradients, "gradients"),
         parameters=_encoding(wire.parameters, "parameters"),
+    )
+
+
+def _durability(durability: Durability) -> DurabilityMessage:
+    if durability.mode not in get_args(DurabilityMode):
+        names = ", ".join(get_args(DurabilityMode))
+        raise ValueError(f"mode must be one of {names}, not {durability.mode!r}")
+    return DurabilityMessage(
+        mode=Mode.Value(f"DURABILITY_MODE_{durability.mode}"),
+        snapshot_steps=durability.snapshot_steps,
+        snapshot_s=durability.snapshot_s,
+        fsync=durability.fsync,
     )
 
 
