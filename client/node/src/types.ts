@@ -17,6 +17,7 @@ import type { UpdateSessionRequest__Output } from '../generated/optserve/v1/Upda
 
 type Prefix =
   | 'DATA_TYPE_'
+  | 'DURABILITY_MODE_'
   | 'ENCODING_'
   | 'NON_FINITE_POLICY_'
   | 'REASON_'
