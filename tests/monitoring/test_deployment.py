@@ -6,7 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from monitoring.conftest import image_command
 from monitoring.scraping import DEPLOY, ROOT
+from pydantic import ValidationError
+
+from optserve_server import config
 
 PROMETHEUS = DEPLOY / "prometheus"
 
@@ -80,6 +84,29 @@ def test_the_image_is_built_from_the_contract_and_the_server_alone() -> None:
     copied = re.findall(r"^COPY (?!--from)(\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert copied == ["requirements-server.txt", "protos", "server"]
     assert all((ROOT / source).exists() for source in copied)
+
+
+def test_the_image_serves_strangers_only_when_it_is_told_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _python, _module, _name, *flags = image_command()
+    with pytest.raises(ValidationError, match="there is no TLS"):
+        config.load(flags, {})
+    monkeypatch.setenv("OPTSERVE_ALLOW_PLAINTEXT", "true")
+    assert not config.load(flags, {}).is_private
+    assert 'OPTSERVE_ALLOW_PLAINTEXT: "true"' in (DEPLOY / "compose.yml").read_text()
+
+
+def test_containers_run_without_root_and_rights() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    # By its number: who checks that it is not root cannot look a name up.
+    assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", dockerfile, re.MULTILINE)
+    compose = (DEPLOY / "compose.yml").read_text().partition("\nvolumes:")[0]
+    for service in re.split(r"\n  (?=\w+:\n)", compose)[1:]:
+        assert "cap_drop: [ALL]" in service
+        assert "no-new-privileges:true" in service
+        assert not re.search(r'- "(?!127\.0\.0\.1:)[\d.]*:?\d+:\d+"', service)
+        assert "read_only: true" in service or service.startswith("grafana")
 
 
 def test_compose_mounts_only_what_is_there() -> None:
