@@ -54,12 +54,24 @@ def test_node_quickstart_trains(node: Path, exam_address: str) -> None:
     assert losses[-1] < losses[0] / 2
 
 
-def test_code_of_the_node_readme_runs(node: Path, exam_address: str) -> None:
-    (code,) = re.findall(r"```js\n(.*?)```", (node / "README.md").read_text("utf-8"), re.DOTALL)
-    code = code.replace("localhost:50051", exam_address)
+@pytest.mark.parametrize(
+    ("block", "printed"),
+    [
+        pytest.param(
+            0, r"1 0\.404", id="first-steps"
+        ),  # The mean of ln(1 + e^-0.8), ln(1 + e^-0.6).
+        pytest.param(1, r"1 -0\.5\n2 -1\.5\n3 -3\n4 -5\n$", id="when-the-connection-breaks"),
+    ],
+)
+def test_code_of_the_node_readme_runs(
+    block: int, printed: str, node: Path, exam_address: str
+) -> None:
+    codes = re.findall(r"```js\n(.*?)```", (node / "README.md").read_text("utf-8"), re.DOTALL)
+    assert len(codes) == 2
+    code = codes[block].replace("localhost:50051", exam_address)
     example = run(node, "--input-type=module", "--eval", code)
     assert example.returncode == 0, example.stderr
-    assert example.stdout.startswith("1 0.404")  # ln(1 + e^-0.8) and ln(1 + e^-0.6), their mean.
+    assert re.match(printed, example.stdout)
 
 
 def test_types_and_formatting_of_the_node_client(node: Path) -> None:
