@@ -10,7 +10,7 @@ import pytest
 import torch
 from drivers import take
 from event_loop import TIMEOUT_S
-from faults.ground import Ground, Mistakes, ground, rich_spec
+from faults.ground import STEPS, Ground, Mistakes, ground, rich_spec
 from faults.spec_changes import Change, group, grouped, many_parameters, named, scheduled, shaped
 from refusals import RefusedError, refused
 from scenarios.models import gradients, model, spec
@@ -43,6 +43,11 @@ def _one_stream_more(where: Ground) -> None:
 
 def _evaluated(where: Ground) -> None:
     where.driver.evaluate(where.session_id, LARGE[None], torch.tensor([0]), split=Split.SPLIT_TRAIN)
+
+
+def _stepped_with_a_long_digest(where: Ground) -> None:
+    with where.driver.worker(where.session_id) as worker:
+        take(worker, STEPS + 1, gradients(1), bytes(17))
 
 
 def _sent_in_one_chunk(where: Ground) -> None:
@@ -158,6 +163,18 @@ LIMITS: dict[str, tuple[Limits, Act, str, str]] = {
         _created(lambda s: setattr(s.limits, "round_timeout_s", 1.5)),
         "LIMIT_EXCEEDED",
         "spec.limits.round_timeout_s",
+    ),
+    "digest_bytes_max": (
+        Limits(digest_bytes_max=16),
+        _stepped_with_a_long_digest,
+        "LIMIT_EXCEEDED",
+        "digest",
+    ),
+    "request_id_bytes_max": (
+        Limits(request_id_bytes_max=16),
+        lambda where: where.driver.create(rich_spec(), request_id="ä" * 8 + "!"),
+        "LIMIT_EXCEEDED",
+        "request_id",
     ),
 }
 

@@ -34,6 +34,39 @@ def test_a_session_whose_creator_has_gone_is_not_left_behind(mistakes: Mistakes)
     assert where.look_until(before) == before
 
 
+def test_a_request_whose_first_call_has_gone_makes_one_session(mistakes: Mistakes) -> None:
+    """Whether the session is being made, is being undone, or is there."""
+    where = mistakes.ground
+    before = where.look()
+    for number, delay_s in enumerate((0, 0.001, 0.002, 0.005, 0.01, 0.05)):
+        request = pb.CreateSessionRequest(
+            spec=spec(SGD(), parameters=LARGE), request_id=f"gone-{number}"
+        )
+        call = where.driver.stub.CreateSession.future(request, timeout=TIMEOUT_S)
+        time.sleep(delay_s)
+        call.cancel()
+        came = where.driver.stub.CreateSession(request, timeout=TIMEOUT_S).session
+        again = where.driver.stub.CreateSession(request, timeout=TIMEOUT_S).session
+        assert came == again
+        assert len(where.driver.sessions().sessions) == len(before.sessions) + 1
+        where.driver.delete(came.status.session_id)
+    assert where.look_until(before) == before
+
+
+def test_a_request_that_nobody_waits_for_any_more_is_undone(mistakes: Mistakes) -> None:
+    where = mistakes.ground
+    before = where.look()
+    request = pb.CreateSessionRequest(spec=spec(SGD(), parameters=LARGE), request_id="nobody-waits")
+    calls = [where.driver.stub.CreateSession.future(request, timeout=TIMEOUT_S) for _ in range(3)]
+    time.sleep(0.002)
+    for call in calls:
+        call.cancel()
+    seen = where.look_until(before)
+    if seen != before:  # It was there before anybody had gone.
+        where.driver.delete(where.driver.stub.CreateSession(request).session.status.session_id)
+    assert where.look_until(before) == before
+
+
 def test_a_deletion_whose_client_has_gone_is_finished() -> None:
     with ground(Limits(stall_timeout_s=1)) as where:
         before = where.look()
