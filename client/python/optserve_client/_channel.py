@@ -31,11 +31,11 @@ _OPTIONS: tuple[tuple[str, int | str], ...] = (
     # Fewer, larger reads: a chunk of 1 MiB would otherwise come in many pieces.
     ("grpc.experimental.tcp_read_chunk_size", 1 << 20),
     ("grpc.experimental.tcp_max_read_chunk_size", 4 << 20),
-    ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.primary_user_agent", f"optserve-python/{version('optserve-client')}"),
 )
 """Of every channel. Compression is off, which is gRPC's default: gradients do not compress."""
 
+_PING_TIMEOUT_S_MAX = 20.0  # gRPC's own; what is on its way must be through before the answer.
 CLOSE_TIMEOUT_S = 2.0  # For the server to end a stream that we have half-closed; then we cancel it.
 
 _Stub_co = TypeVar("_Stub_co", covariant=True)
@@ -60,11 +60,15 @@ def channel_options(config: ClientConfig) -> list[tuple[str, int | str]]:
     first_ms, max_ms = (
         max(1, round(1000 * each)) for each in (config.retry.backoff_s, config.retry.backoff_max_s)
     )
+    ping_timeout_ms = round(1000 * min(config.keepalive_s, _PING_TIMEOUT_S_MAX))
     return [
         *_OPTIONS,
         ("grpc.initial_reconnect_backoff_ms", first_ms),
         ("grpc.max_reconnect_backoff_ms", max(first_ms, max_ms)),
         ("grpc.keepalive_time_ms", round(1000 * config.keepalive_s)),
+        # The one is of no use without the other, which is a minute.
+        ("grpc.keepalive_timeout_ms", ping_timeout_ms),
+        ("grpc.http2.ping_timeout_ms", ping_timeout_ms),
     ]
 
 

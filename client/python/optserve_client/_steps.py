@@ -157,14 +157,15 @@ class StepWays:
     def unary(self, step: PendingStep) -> Taking:
         """Take a step in one message each way."""
         check_unary_fits(self._headers)
-        digest = StepDigest(self._names)
-        names = [header.name for header in step.headers]
-        sources = self._gradients.of(step.number, digest, names, step.tensors)
-        gradients = [
-            Tensor(header=header, data=whole(source))
-            for header, source in zip(step.headers, sources, strict=True)
-        ]
+        gradients: list[Tensor] = []
         if not step.has_arrived:
+            digest = StepDigest(self._names)
+            names = [header.name for header in step.headers]
+            sources = self._gradients.of(step.number, digest, names, step.tensors)
+            gradients = [
+                Tensor(header=header, data=whole(source))
+                for header, source in zip(step.headers, sources, strict=True)
+            ]
             step.digest = self._drawn(step.number) or digest.value()
         request = pb.StepRequest(
             session_id=self._session_id,

@@ -104,8 +104,9 @@ class ClientConfig:
     retry: Retry = field(default_factory=Retry)
     """What happens when the connection breaks, or the server asks to come back later."""
     keepalive_s: float = 45.0
-    """How long the connection may be silent before the server is asked whether it is there; without
-    an answer it counts as broken 20 s later. Much less, and servers take it for an attack."""
+    """How long the server may be silent in a call before it is asked whether it is there; if it is
+    silent for as long again, at most 20 s, the connection counts as broken. Servers take much less
+    than the default for an attack."""
     tls: Tls | None = None
     """None: nothing is encrypted."""
     token: Token | None = field(default=None, repr=False)
