@@ -120,10 +120,12 @@ def not_accepted() -> UnauthenticatedError:
 def _token(context: _Context) -> str:
     """Return the token that a call carries."""
     values = [value for key, value in context.invocation_metadata() or () if key == _HEADER]
-    if len(values) != 1:
+    if not values:
         raise UnauthenticatedError(
-            "the call carries no token, or more than one", expected=_EXPECTED
+            "the server asks who calls, and the call carries no token", expected=_EXPECTED
         )
+    if len(values) > 1:
+        raise UnauthenticatedError("the call carries more than one token", expected="one token")
     scheme, _, token = str(values[0]).partition(" ")
     if scheme.lower() != _SCHEME or not token:
         raise UnauthenticatedError("the call carries no bearer token", expected=_EXPECTED)

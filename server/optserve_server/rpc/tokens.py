@@ -15,7 +15,7 @@ import json
 import secrets
 import sys
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from optserve_server.core.tenant import TENANT_BYTES_MAX, is_tenant
@@ -69,9 +69,18 @@ def _parsed(path: Path, content: bytes) -> Mapping[bytes, str]:
     try:
         tables = tomllib.loads(content.decode())
         _check_only(tables, {"token"})
-        return {_sha256(entry): _tenant(entry) for entry in tables.get("token", [])}
+        entries = [(_sha256(entry), _tenant(entry)) for entry in tables.get("token", [])]
+        return _once(entries)
     except (ValueError, TypeError, LookupError) as error:
         raise UnusableFileError(f"{path} does not hold {_EXPECTED}: {error}") from error
+
+
+def _once(entries: Sequence[tuple[bytes, str]]) -> Mapping[bytes, str]:
+    """Return the entries by their hashes, of which each stands there once."""
+    tenants = dict(entries)
+    if len(tenants) < len(entries):
+        raise ValueError("a `sha256` stands there twice")
+    return tenants
 
 
 def _check_only(table: Mapping[str, object], known: Collection[str]) -> None:

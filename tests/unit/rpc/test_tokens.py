@@ -75,6 +75,7 @@ def test_it_takes_exactly_one_tenant(
         pytest.param(f'[[token]]\ntenant = ""\nsha256 = "{SHA256}"', id="no-name"),
         pytest.param(f'[[token]]\ntenant = 1\nsha256 = "{SHA256}"', id="number"),
         pytest.param(f'[[token]]\ntenant = "alice"\nsha256 = "{SHA256}"\nexpires = 1', id="more"),
+        pytest.param(f'[[token]]\ntenant = "alice"\nsha256 = "{SHA256}"\n' * 2, id="twice"),
         pytest.param("\x00", id="no-text"),
     ],
 )
