@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -29,6 +30,7 @@ from optserve_server.storage.places import (
     VERSION,
     Owner,
     checkpoint_directory,
+    is_finished,
     read_head,
     save_directory,
     session_directory,
@@ -269,7 +271,7 @@ def _prepare(disk: Disk) -> None:
     elif {SESSIONS, CHECKPOINTS} & names:
         raise DamagedError(VERSION, 0, "it is missing, beside sessions")
     else:
-        write_document(disk, VERSION + UNFINISHED, {"server": "optserve"})
+        write_document(disk, VERSION + UNFINISHED, {"id": secrets.token_hex(16)})
         disk.rename(VERSION + UNFINISHED, VERSION)
         disk.sync_directory("")
     for parent in (SESSIONS, CHECKPOINTS):
@@ -277,7 +279,7 @@ def _prepare(disk: Disk) -> None:
             disk.make_directory(parent)
             disk.sync_directory("")
         for entry in disk.entries(parent):
-            if entry.name.endswith((UNFINISHED, DELETED)):
+            if not is_finished(entry.name):
                 remove_tree(disk, f"{parent}/{entry.name}")
 
 

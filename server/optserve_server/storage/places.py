@@ -35,6 +35,11 @@ _SNAPSHOT = "snapshot-"
 _SEGMENT, _SEGMENT_END = "journal-", ".log"
 
 
+def is_finished(name: str) -> bool:
+    """Return whether what has the name is neither being written nor being deleted."""
+    return not name.endswith((UNFINISHED, DELETED))
+
+
 def session_directory(session_id: str) -> str:
     """Return where a session is."""
     return f"{SESSIONS}/{session_id}"

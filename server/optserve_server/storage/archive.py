@@ -1,0 +1,285 @@
+"""A copy of a data directory in another place, of all that does not change any more.
+
+Snapshots, checkpoints and sealed segments of journals have names that are never used again, and are
+whole and unchanging once they have them. So a copy needs no protocol: what is missing there is
+sent, what is not here any more is removed, and a pass that was interrupted is made up for by the
+next one. A snapshot's manifest goes last: without one it is not there.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from optserve_server.core.storage import StorageError
+from optserve_server.storage.disk import Disk, File, read_file
+from optserve_server.storage.places import (
+    CHECKPOINTS,
+    HEAD,
+    SESSIONS,
+    VERSION,
+    is_finished,
+    segments_in,
+    snapshot_name,
+    snapshots_in,
+)
+from optserve_server.storage.snapshot import MANIFEST, TENSORS
+
+_logger = logging.getLogger(__name__)
+
+PIECE_BYTES = 8 << 20  # What object stores like to get at once.
+
+
+class ObjectStore(Protocol):
+    """Names with bytes behind them, each written whole. Errors are OSErrors."""
+
+    def sizes(self) -> Mapping[str, int]:
+        """Return all names that are there, with the number of bytes behind each."""
+
+    def read(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes behind a name, piece by piece."""
+
+    def write(self, name: str, pieces: Iterator[bytes]) -> None:
+        """Put bytes behind a name, in the place of what is there."""
+
+    def remove(self, name: str) -> None:
+        """Remove a name."""
+
+
+class ForeignArchiveError(StorageError):
+    """The archive is of another data directory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """What one look at everything has come to."""
+
+    sent_bytes: int
+    removed: int
+    """Names that were removed."""
+    is_complete: bool
+    """Whether nothing was pruned or deleted under it. If not, the next pass goes on."""
+
+
+class Mirror:
+    """Keeps an archive like a data directory, one pass at a time."""
+
+    def __init__(self, disk: Disk, archive: ObjectStore) -> None:
+        """Send from ``disk``, which a server may be using, to ``archive``."""
+        self._disk = disk
+        self._archive = archive
+        self._known: dict[str, bytes] = {}  # Small files, as they are in the archive.
+        self._sizes: dict[str, int] = {}
+        self._sent_bytes = 0
+
+    def ship(self) -> Pass:
+        """Send what the archive has not, and remove from it what is not here any more.
+
+        Raises:
+            ForeignArchiveError: It is of another data directory; it would be emptied.
+            OSError: One of the two does not answer.
+        """
+        self._sizes = dict(self._archive.sizes())
+        self._sent_bytes = 0
+        self._check_identity()
+        is_complete = True
+        kept = {VERSION}
+        for owner in self._owners():
+            try:
+                kept.update(self._ship_owner(owner))
+            except FileNotFoundError:  # It was pruned or deleted meanwhile.
+                is_complete = False
+                kept.update(name for name in self._sizes if name.startswith(f"{owner}/"))
+        gone = sorted(self._sizes.keys() - kept, key=_manifests_first)
+        for name in gone:
+            self._archive.remove(name)
+            self._known.pop(name, None)
+        return Pass(sent_bytes=self._sent_bytes, removed=len(gone), is_complete=is_complete)
+
+    def _check_identity(self) -> None:
+        version = read_file(self._disk, VERSION)
+        if VERSION not in self._sizes and not self._sizes:
+            self._send_small(VERSION, version)
+        elif VERSION not in self._sizes or not self._has_small(VERSION, version):
+            raise ForeignArchiveError(
+                "the archive is of another data directory, and would be emptied; restore that one,"
+                " or choose another place"
+            )
+
+    def _owners(self) -> list[str]:
+        return [
+            f"{parent}/{entry.name}"
+            for parent in (SESSIONS, CHECKPOINTS)
+            for entry in self._disk.entries(parent)
+            if is_finished(entry.name)
+        ]
+
+    def _ship_owner(self, owner: str) -> set[str]:
+        """Send a session or a checkpoint; return the names of all that there shall be of it.
+
+        In order: the archive never has a record or a snapshot without what leads there.
+        """
+        parent = owner.rpartition("/")[0]
+        if parent == CHECKPOINTS:
+            return self._ship_snapshot(parent, owner)
+        entries = self._disk.entries(owner)
+        names: set[str] = set()
+        for sequence in reversed(snapshots_in(entries)):
+            names |= self._ship_snapshot(owner, f"{owner}/{snapshot_name(sequence)}")
+        for segment in segments_in(owner, entries)[:-1]:  # The last one may still grow.
+            names.add(segment.path)
+            if self._sizes.get(segment.path) != segment.byte_count:
+                self._send(owner, segment.path)
+        head = f"{owner}/{HEAD}"
+        content = read_file(self._disk, head)
+        if not self._has_small(head, content):
+            self._send_small(head, content)
+        return {*names, head}
+
+    def _ship_snapshot(self, parent: str, directory: str) -> set[str]:
+        manifest, tensors = f"{directory}/{MANIFEST}", f"{directory}/{TENSORS}"
+        content = read_file(self._disk, manifest)
+        has_tensors = any(entry.name == TENSORS for entry in self._disk.entries(directory))
+        # A checkpoint may have been deleted, and saved again under its name: its manifest tells.
+        if not self._has_small(manifest, content):
+            if has_tensors:
+                self._send(parent, tensors)
+            self._send_small(manifest, content)
+        return {manifest, tensors} if has_tensors else {manifest}
+
+    def _send(self, directory: str, path: str) -> None:
+        """Send a file, once it and its name are on stable storage.
+
+        What a loss of power takes away here may come again with other content and of the same size.
+        """
+        file = self._disk.open(path)
+        try:
+            file.sync()
+            self._disk.sync_directory(directory)
+            self._archive.write(path, _pieces(file))
+            self._sent_bytes += file.size()
+        finally:
+            file.close()
+
+    def _has_small(self, name: str, content: bytes) -> bool:
+        if name not in self._known and self._sizes.get(name) == len(content):
+            self._known[name] = b"".join(self._archive.read(name))
+        return self._known.get(name) == content
+
+    def _send_small(self, name: str, content: bytes) -> None:
+        self._archive.write(name, iter([content]))
+        self._known[name] = content
+        self._sent_bytes += len(content)
+
+
+def restore(archive: ObjectStore, disk: Disk) -> int:
+    """Make a data directory of what an archive holds.
+
+    A session comes back as it was when its last sealed segment, or its last snapshot, was sent.
+
+    Args:
+        archive: From ship().
+        disk: An empty directory; closed afterwards.
+
+    Returns:
+        How many bytes were read.
+
+    Raises:
+        ForeignArchiveError: There is no archive.
+        StorageError: The directory is not empty, or in use.
+        OSError: One of the two does not answer.
+    """
+    disk.lock()
+    try:
+        if any(entry.name != "lock" for entry in disk.entries("")):
+            raise StorageError("a data directory is restored into an empty directory")
+        return _restore(archive, disk)
+    finally:
+        disk.close()
+
+
+class Shipping:
+    """Makes a pass again and again, in a thread of its own."""
+
+    def __init__(self, mirror: Mirror, *, interval_s: float) -> None:
+        """Begin to make passes, ``interval_s`` apart; sooner after an incomplete one."""
+        self._mirror = mirror
+        self._interval_s = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="shipping", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Make a last pass, and end."""
+        self._stop.set()
+        self._thread.join()
+        self._pass()
+
+    def _run(self) -> None:
+        delay_s = 0.0
+        while not self._stop.wait(delay_s):
+            delay_s = self._interval_s if self._pass() else min(1.0, self._interval_s)
+
+    def _pass(self) -> bool:
+        try:
+            return self._mirror.ship().is_complete
+        except (OSError, StorageError) as error:
+            # The next one makes up for it: meanwhile the archive is behind, and the log says so.
+            _logger.warning("the archive is behind: %s", error)
+            return True
+
+
+def _restore(archive: ObjectStore, disk: Disk) -> int:
+    sizes = archive.sizes()
+    if VERSION not in sizes:
+        raise ForeignArchiveError("there is no archive of a data directory")
+    received = 0
+    made = {""}
+    for name in sorted(sizes.keys() - {VERSION}):
+        parent, _, last = name.rpartition("/")
+        if last in (MANIFEST, TENSORS) and f"{parent}/{MANIFEST}" not in sizes:
+            continue  # A snapshot that had not come whole.
+        _make(disk, parent, made)
+        received += _receive(archive, disk, name)
+    for parent in sorted(made - {""}, reverse=True):
+        disk.sync_directory(parent)
+    # Last: without it, this is no data directory.
+    received += _receive(archive, disk, VERSION)
+    disk.sync_directory("")
+    return received
+
+
+def _manifests_first(name: str) -> bool:
+    """Sort for removal: what has lost its manifest is not there any more."""
+    return not name.endswith(MANIFEST)
+
+
+def _pieces(file: File) -> Iterator[bytes]:
+    size = file.size()
+    for offset in range(0, size, PIECE_BYTES):
+        piece = bytearray(min(PIECE_BYTES, size - offset))
+        file.read_at(offset, memoryview(piece))
+        yield bytes(piece)
+
+
+def _receive(archive: ObjectStore, disk: Disk, name: str) -> int:
+    file = disk.create(name)
+    try:
+        offset = 0
+        for piece in archive.read(name):
+            file.write_at(offset, [piece])
+            offset += len(piece)
+        file.sync()
+        return offset
+    finally:
+        file.close()
+
+
+def _make(disk: Disk, directory: str, made: set[str]) -> None:
+    if directory not in made:
+        _make(disk, directory.rpartition("/")[0], made)
+        disk.make_directory(directory)
+        made.add(directory)

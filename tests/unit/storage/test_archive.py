@@ -1,0 +1,235 @@
+"""An archive in an object store: what it holds is whole, and a data directory comes of it."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from faults.disks import MemoryDisk
+from fsspec.implementations.memory import MemoryFileSystem
+from unit.storage.sessions import (
+    SESSION,
+    append,
+    assert_same_snapshot,
+    begun,
+    commit,
+    facts_of,
+    load,
+    restored,
+    snapshot_of,
+    stored,
+)
+
+from optserve_server.core.storage import CheckpointKey, StorageError
+from optserve_server.storage.archive import ForeignArchiveError, Mirror, Shipping, restore
+from optserve_server.storage.remote import RemoteStore
+
+KEY = CheckpointKey(tenant="ours", session_id=SESSION, name="best")
+
+
+@pytest.fixture(params=["memory", "file"])
+def archive(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RemoteStore]:
+    MemoryFileSystem.store.clear()  # It is one for the whole process.
+    yield RemoteStore(
+        {"memory": "memory://archive/optserve", "file": f"file://{tmp_path}/a"}[request.param]
+    )
+    MemoryFileSystem.store.clear()
+
+
+class Store:
+    """Names with bytes behind them, which may fail."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.writes_left = 1 << 30
+
+    def sizes(self) -> Mapping[str, int]:
+        """See ObjectStore."""
+        return {name: len(data) for name, data in self.objects.items()}
+
+    def read(self, name: str) -> Iterator[bytes]:
+        """See ObjectStore."""
+        yield self.objects[name]
+
+    def write(self, name: str, pieces: Iterator[bytes]) -> None:
+        """See ObjectStore."""
+        self.writes_left -= 1
+        if self.writes_left < 0:
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        self.objects[name] = b"".join(pieces)
+
+    def remove(self, name: str) -> None:
+        """See ObjectStore."""
+        del self.objects[name]
+
+
+def trained(disk: MemoryDisk) -> None:
+    """Leave two sessions, of 12 records with a snapshot after 5, and a checkpoint."""
+    storage = stored(disk, segment_bytes_max=2500)
+    for session_id in (SESSION, "07e5"):
+        store = begun(storage, session_id)
+        append(store, 5)
+        store.save_snapshot(snapshot_of(5))
+        append(store, 7)
+        store.close()
+    storage.save_checkpoint(KEY, {"steps": 3}, snapshot_of(3))
+    storage.close()
+
+
+def test_data_directory_comes_back_from_an_object_store(archive: RemoteStore) -> None:
+    disk = MemoryDisk()
+    trained(disk)
+    first = Mirror(disk, archive).ship()
+    assert first.is_complete
+    assert first.sent_bytes > 10_000
+    assert Mirror(disk, archive).ship().sent_bytes == 0  # It is all there.
+
+    copy = MemoryDisk()
+    assert restore(archive, copy) == first.sent_bytes
+    for session_id in (SESSION, "07e5"):
+        snapshot, last = restored(copy, session_id)
+        assert snapshot == 5
+        assert 5 < last < 12  # The last segment may still have grown.
+        copy.restart()
+    storage = stored(copy)
+    assert [session.facts for session in storage.sessions()] == [
+        facts_of(SESSION),
+        facts_of("07e5"),
+    ]
+    checkpoint, snapshot_ = storage.load_checkpoint(KEY)
+    assert checkpoint.facts == {"steps": 3}
+    assert_same_snapshot(snapshot_, snapshot_of(3))
+    store = storage.open(SESSION)
+    _, last = load(store)
+    append(store, 1)
+    commit(store)
+    store.close()
+    storage.close()
+    assert restored(copy) == (5, last + 1)
+    Mirror(copy, archive).ship()  # It goes on with the same archive.
+
+
+def test_archive_follows_what_is_pruned_changed_and_deleted() -> None:
+    disk, archive = MemoryDisk(), Store()
+    trained(disk)
+    mirror = Mirror(disk, archive)
+    mirror.ship()
+    storage = stored(disk)
+    storage.delete("07e5")
+    storage.delete_checkpoint(KEY)
+    storage.save_checkpoint(KEY, {"steps": 4}, snapshot_of(4))  # The same name, and the same size.
+    store = storage.open(SESSION)
+    load(store)
+    store.update_facts({**facts_of(SESSION), "name": "SESSION 5e55"})
+    store.save_snapshot(snapshot_of(12))
+    append(store, 1)
+    store.save_snapshot(snapshot_of(13))
+    store.close()
+    assert mirror.ship().removed > 5
+    copy = MemoryDisk()
+    restore(archive, copy)
+    assert restored(copy) == (13, 13)
+    copy.restart()
+    restored_storage = stored(copy)
+    assert [session.facts["name"] for session in restored_storage.sessions()] == ["SESSION 5e55"]
+    assert_same_snapshot(restored_storage.load_checkpoint(KEY)[1], snapshot_of(4))
+    assert not [name for name in archive.objects if "07e5" in name]
+
+
+def test_pass_that_ends_anywhere_leaves_what_can_be_restored_and_is_made_up_for() -> None:
+    for writes in range(30):
+        disk, archive = MemoryDisk(), Store()
+        trained(disk)
+        archive.writes_left = writes
+        try:
+            Mirror(disk, archive).ship()
+            was_whole = True
+        except OSError:
+            was_whole = False
+        if writes:
+            copy = MemoryDisk()
+            restore(archive, copy)
+            storage = stored(copy)
+            for session in storage.sessions():
+                assert load(storage.open(session.session_id))[1] >= 0
+            storage.close()
+        archive.writes_left = 1 << 30
+        assert Mirror(disk, archive).ship().is_complete
+        copy = MemoryDisk()
+        restore(archive, copy)
+        assert restored(copy)[0] == 5
+        if was_whole:
+            return
+    pytest.fail("a pass takes more writes than these")
+
+
+def test_snapshot_that_is_pruned_under_a_pass_makes_it_incomplete() -> None:
+    disk, archive = MemoryDisk(), Store()
+    trained(disk)
+    storage = stored(disk, segment_bytes_max=2500)
+    store = storage.open(SESSION)
+    load(store)
+
+    def prune(operation: str) -> None:
+        if operation.startswith(f"open sessions/{SESSION}/journal"):
+            disk.before = lambda _: None
+            for last in (12, 13):
+                append(store, last - store.sequence)
+                store.save_snapshot(snapshot_of(last))
+
+    disk.before = prune
+    mirror = Mirror(disk, archive)
+    assert not mirror.ship().is_complete
+    copy = MemoryDisk()
+    restore(archive, copy)
+    assert restored(copy) == (5, 5)
+    assert mirror.ship().is_complete
+    copy = MemoryDisk()
+    restore(archive, copy)
+    assert restored(copy) == (13, 13)
+
+
+def test_archive_of_another_data_directory_is_left_alone() -> None:
+    archive = Store()
+    ours, theirs = MemoryDisk(), MemoryDisk()
+    trained(ours)
+    Mirror(ours, archive).ship()
+    before = dict(archive.objects)
+    stored(theirs).close()
+    with pytest.raises(ForeignArchiveError, match="another data directory"):
+        Mirror(theirs, archive).ship()
+    assert archive.objects == before
+    other = Store()
+    other.objects["holiday.jpg"] = b"\xff"
+    with pytest.raises(ForeignArchiveError):
+        Mirror(ours, other).ship()
+    with pytest.raises(ForeignArchiveError):
+        restore(other, MemoryDisk())
+
+
+def test_restore_wants_an_empty_directory() -> None:
+    disk, archive = MemoryDisk(), Store()
+    trained(disk)
+    Mirror(disk, archive).ship()
+    with pytest.raises(StorageError, match="empty directory"):
+        restore(archive, disk)
+
+
+def test_shipping_goes_on_after_trouble_and_ends_with_everything_there(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    disk, archive = MemoryDisk(), Store()
+    trained(disk)
+    archive.writes_left = 3
+    shipping = Shipping(Mirror(disk, archive), interval_s=3600.0)
+    while "behind" not in caplog.text:
+        time.sleep(0.01)
+    archive.writes_left = 1 << 30
+    shipping.close()
+    assert "the archive is behind: [Errno 104] Connection reset by peer" in caplog.text
+    copy = MemoryDisk()
+    restore(archive, copy)
+    assert restored(copy)[0] == 5
