@@ -84,6 +84,17 @@ test('a contribution that waits for the other workers goes on waiting after a cu
   assert.ok(proxy.sentBytes - before < MESSAGES_BYTES);
 });
 
+test('a connection that has died in silence is left, and so is its seat', async () => {
+  const { proxy, through } = await proxied();
+  const channel = { 'grpc.keepalive_timeout_ms': 500 };
+  const { session } = await counted({ through, keepaliveS: 1, channel });
+  await session.step({ w: ones });
+  proxy.stall(); // The server does not notice: its side stays open.
+  const second = await session.step({ w: ones });
+  assert.equal(second.step, 2);
+  assert.ok(second.parameters.w?.data.every((value) => value === -2));
+});
+
 test('a step without an answer is unknown until somebody asks', async () => {
   const { proxy, through } = await proxied();
   const { session } = await counted({ through, retry: { giveUpAfterS: 0.3 } });

@@ -1,9 +1,10 @@
-/** A way to the server that can be cut, blocked, or gone for a while. */
+/** A way to the server that can be cut, stalled, or gone for a while. */
 import { createServer, connect as dial } from 'node:net';
 
 export class Proxy {
   /** @type {Set<import('node:net').Socket>} */ #sockets = new Set();
   #server;
+  /** @type {Set<import('node:net').Socket>} */ #stalled = new Set();
   #blocked = false;
   #down = false;
   /** Bytes of requests after which the way is cut, once. */ sentBytesMax = Infinity;
@@ -23,9 +24,12 @@ export class Proxy {
         [server, client],
       ])) {
         this.#sockets.add(from);
-        from.on('error', () => to.destroy());
-        from.on('close', () => to.destroy());
-        from.on('data', (bytes) => this.#forward(bytes, to, from === server));
+        from.on('error', () => {}); // It is closed then.
+        from.on('close', () => this.#stalled.has(from) || to.destroy());
+        from.on(
+          'data',
+          (bytes) => this.#stalled.has(from) || this.#forward(bytes, to, from === server),
+        );
       }
     });
   }
@@ -41,6 +45,11 @@ export class Proxy {
   /** Let nothing through any more. */
   block() {
     this.#blocked = true;
+  }
+
+  /** Let nothing through on the connections that there are, not even their end; new ones work. */
+  stall() {
+    this.#stalled = new Set(this.#sockets);
   }
 
   /** Cut the way. */
