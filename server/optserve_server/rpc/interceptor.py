@@ -117,32 +117,35 @@ class Boundary(grpc.aio.ServerInterceptor):
     def _with_message(self, method: RpcMethod, behaviour: Callable[..., Awaitable[Any]]) -> Any:
         async def handle(requests: AsyncIterator[Any], context: _Context) -> Any:
             async with self._handling(method, context):
-                request = await transfer.next_or_none(requests, self._limits)
-                return await behaviour(_checked(method, request), context)
+                with await self._admitted(method, context):
+                    request = _checked(method, await transfer.next_or_none(requests, self._limits))
+                    # To its end, or gRPC keeps the message until Python looks for cycles.
+                    if await transfer.next_or_none(requests, self._limits) is not None:
+                        raise MalformedMessageError(f"{method.method} takes one message")
+                    return await behaviour(request, context)
 
         return handle
 
     def _with_messages(self, method: RpcMethod, behaviour: Callable[..., Awaitable[Any]]) -> Any:
         async def handle(requests: AsyncIterator[Any], context: _Context) -> Any:
             async with self._handling(method, context):
-                checked = (_checked(method, request) async for request in requests)
-                return await behaviour(checked, context)
+                with await self._admitted(method, context):
+                    checked = (_checked(method, request) async for request in requests)
+                    return await behaviour(checked, context)
 
         return handle
 
     @asynccontextmanager
     async def _handling(self, method: RpcMethod, context: _Context) -> AsyncIterator[None]:
-        """Count a call, and translate what it raises."""
+        """Count a call, and translate what it raises: nothing comes out but a cancellation."""
         self._observer.rpc_started(method)
         started, code = time.perf_counter(), "OK"
         try:
-            self._traffic.begin(await self._access.admit(context))
-            with self._admitted(method):
-                yield
+            yield
         except OptserveError as error:
             code = _go_name(status.STATUS[type(error)][0])
             self._observer.refused(status.reason_of(error))
-            await status.abort(context, error)
+            status.end(context, error)
         except asyncio.CancelledError:
             code = _go_name(grpc.StatusCode.CANCELLED)
             raise
@@ -155,11 +158,13 @@ class Boundary(grpc.aio.ServerInterceptor):
                 "internal error", extra={"request_id": request_id, "method": method.method}
             )
             self._observer.refused("INTERNAL")
-            await status.abort_internal(context, request_id)
+            status.end_internal(context, request_id)
         finally:
             self._observer.rpc_handled(method, code, time.perf_counter() - started)
 
-    def _admitted(self, method: RpcMethod) -> AbstractContextManager[None]:
+    async def _admitted(self, method: RpcMethod, context: _Context) -> AbstractContextManager[None]:
+        """Let a call in whose caller is known, if there is room; return what holds its place."""
+        self._traffic.begin(await self._access.admit(context))
         return self._traffic.call() if method.kind is RpcKind.UNARY else self._traffic.stream()
 
 

@@ -91,30 +91,47 @@ def refusal(error: errors.OptserveError) -> Refusal:
     )
 
 
+def end(context: grpc.aio.ServicerContext[Any, Any], error: errors.OptserveError) -> None:
+    """Let the call end, once its handler returns, with the error's status and its facts as details.
+
+    Not by raising: gRPC keeps what is raised to end a call, and with it the frames that it came
+    through and the request's tensors, until Python looks for cycles. 200 refused requests of 2 MiB
+    took 900 MiB.
+    """
+    _end(context, _status(error))
+
+
+def end_internal(context: grpc.aio.ServicerContext[Any, Any], request_id: str) -> None:
+    """Let the call end as our fault: the log knows the rest under ``request_id``."""
+    message = f"internal error; the server's log has it as request {request_id}"
+    reason = reason_name(Reason.REASON_INTERNAL)
+    facts = {"request_id": request_id}
+    _end(context, _rich(grpc.StatusCode.INTERNAL, message, reason, facts, []))
+
+
 async def abort(
     context: grpc.aio.ServicerContext[Any, Any], error: errors.OptserveError
 ) -> NoReturn:
-    """End the call with the error's status and its facts as rich details."""
+    """End the call at once, where others have its handler; see end()."""
+    status = _status(error)
+    await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+def _end(context: grpc.aio.ServicerContext[Any, Any], status: Any) -> None:  # noqa: ANN401 # untyped
+    context.set_code(status.code)
+    context.set_details(status.details)
+    context.set_trailing_metadata(status.trailing_metadata)
+
+
+def _status(error: errors.OptserveError) -> Any:  # noqa: ANN401 # grpc_status is untyped.
     code, reason = STATUS[type(error)]
     facts = {"field": error.field, "expected": error.expected, "actual": error.actual}
-    await _abort(context, code, error.message, reason_name(reason), facts, _details(error))
+    return _rich(code, error.message, reason_name(reason), facts, _details(error))
 
 
-async def abort_internal(context: grpc.aio.ServicerContext[Any, Any], request_id: str) -> NoReturn:
-    """End the call as our fault: the log knows the rest under ``request_id``."""
-    message = f"internal error; the server's log has it as request {request_id}"
-    reason = reason_name(Reason.REASON_INTERNAL)
-    await _abort(context, grpc.StatusCode.INTERNAL, message, reason, {"request_id": request_id}, [])
-
-
-async def _abort(
-    context: grpc.aio.ServicerContext[Any, Any],
-    code: grpc.StatusCode,
-    message: str,
-    reason: str,
-    facts: dict[str, str],
-    details: list[Any],
-) -> NoReturn:
+def _rich(
+    code: grpc.StatusCode, message: str, reason: str, facts: dict[str, str], details: list[Any]
+) -> Any:  # noqa: ANN401 # As above.
     info = error_details_pb2.ErrorInfo(
         reason=reason,
         domain=DOMAIN,
@@ -125,8 +142,7 @@ async def _abort(
         packed = AnyMessage()
         packed.Pack(detail)
         rich.details.append(packed)
-    status = rpc_status.to_status(rich)
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    return rpc_status.to_status(rich)
 
 
 def _details(error: errors.OptserveError) -> list[Any]:

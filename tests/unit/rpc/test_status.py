@@ -47,7 +47,7 @@ def test_every_reason_is_used_once_and_internal_is_for_everything_else() -> None
     assert len(set(used)) == len(used)
     assert set(Reason.values()) - set(used) == {
         Reason.REASON_UNSPECIFIED,  # Another server's.
-        Reason.REASON_INTERNAL,  # What is no OptserveError; see status.abort_internal.
+        Reason.REASON_INTERNAL,  # What is no OptserveError; see status.end_internal.
     }
 
 
