@@ -225,6 +225,8 @@ class Archive:
 
     @property
     def _is_behind(self) -> bool:
+        if self._saved.sequence == self._session.sequence:  # However many bytes are counted.
+            return False
         if self.journals:
             return self._unsaved_bytes >= 2 * self._journal_bytes_max
         return self._session.steps - self._saved.steps >= self.durability.snapshot_steps
