@@ -56,6 +56,7 @@ def running_server(
     *flags: str,
     environment: Mapping[str, str] | None = None,
     prefix: Sequence[str] = (),
+    port: int = 0,
 ) -> Iterator[ServerProcess]:
     """Start a server on free ports; at the end stop it, if it still runs: its exit code must be 0.
 
@@ -63,11 +64,12 @@ def running_server(
         flags: Of the command line, such as ``"--sessions-max", "3"``.
         environment: Variables beside this process's own.
         prefix: What the command begins with, such as ``ip netns exec NAME``.
+        port: To serve gRPC on, where it must be a certain one.
     """
     with tempfile.TemporaryDirectory(prefix="optserve-") as folder:
         ready, log = Path(folder, "ready.json"), Path(folder, "log")
         command = [*prefix, sys.executable, "-m", "optserve_server", "--device", "cpu", *flags]
-        command += ["--port", "0", "--metrics-port", "0", "--ready-file", str(ready)]
+        command += ["--port", str(port), "--metrics-port", "0", "--ready-file", str(ready)]
         with log.open("wb") as log_file:
             process = subprocess.Popen(
                 command, stderr=log_file, env={**os.environ, **(environment or {})}

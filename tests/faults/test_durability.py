@@ -355,3 +355,13 @@ def test_what_is_in_force_says_how_often_snapshots_are_taken() -> None:
         assert in_force.snapshot_s > 0
         again = server.driver.create(durable_spec(in_force)).spec.durability
         assert again == in_force
+
+
+def test_a_session_without_room_for_a_copy_of_it_is_saved_all_the_same() -> None:
+    with durable_server() as server:
+        count = server.driver.create(durable_spec(JOURNAL), model()).status.reserved_bytes
+    with durable_server(limits=Limits(memory_bytes_max=count + 100)) as server:
+        session_id = server.driver.create(durable_spec(snapshots(2)), model()).status.session_id
+        stepped(server.driver, session_id, 1, 9)
+        assert server.driver.get(session_id).status.durable_steps >= 7
+        assert server.registry.budget.reserved_bytes == count

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,7 +104,7 @@ class Archive:
         self._saved = self._begun = _Mark(sequence=store.snapshot_sequence, steps=saved_steps)
         # Of the journal: each is counted by one thread at a time.
         self._recorded_bytes = self._reported_bytes = store.journal_bytes
-        self._saved_bytes = 0
+        self._begun_bytes = self._saved_bytes = 0
         self._syncing: Future[None] | None = None
         self._saving: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -163,7 +163,7 @@ class Archive:
             StorageExhaustedError: The disk has no room for the snapshot that is missing.
             SessionFailedError: The disk has failed.
         """
-        while self._is_behind and not self._session.failed:
+        while self._is_behind and not (self._closed or self._session.failed):
             await self.save()
 
     def changed(self, *, at_once: bool = False) -> None:
@@ -254,33 +254,34 @@ class Archive:
         return self._saving
 
     async def _save(self) -> None:
-        started_s = self._surroundings.monotonic()
-        work, count, recorded = self._kept.work, self._session.byte_count, self._recorded_bytes
-        try:
-            with self._budget.reserved(count, what="a snapshot", field=""):
-                async with work.lock.shared():
-                    if self._closed:  # The session may be empty by now.
-                        return
-                    state = await work.run(self._session.capture)
-                    self._note_begun(state)
-                await self._write(state)
-        except MemoryExhaustedError:
-            # There is no room for a copy: the session waits while it is written itself.
+        started_s, work = self._surroundings.monotonic(), self._kept.work
+        with ExitStack() as reserved:
             async with work.lock.shared():
-                if self._closed:
+                if self._closed:  # The session may be empty by now.
                     return
-                state = await work.run(lambda: self._session.capture(copy=False))
-                self._note_begun(state)
+                copy = self._has_room_for_copy(reserved)
+                state = await work.run(lambda: self._session.capture(copy=copy))
+                self._begun = _Mark(sequence=state.sequence, steps=state.steps)
+                self._begun_bytes = self._recorded_bytes
+                if not copy:  # Then the session waits while it is written itself.
+                    await self._write(state)
+            if copy:
                 await self._write(state)
         self._saved = _Mark(sequence=state.sequence, steps=state.steps)
-        self._saved_bytes = recorded
+        self._saved_bytes = self._begun_bytes
         seconds = self._surroundings.monotonic() - started_s
         self._surroundings.observer.snapshot_saved(
             SnapshotSaved(seconds=seconds, time_s=self._surroundings.clock())
         )
 
-    def _note_begun(self, state: SessionState) -> None:
-        self._begun = _Mark(sequence=state.sequence, steps=state.steps)
+    def _has_room_for_copy(self, reserved: ExitStack) -> bool:
+        """Reserve memory for a copy of the session's state, if there is any."""
+        count = self._session.byte_count
+        try:
+            reserved.enter_context(self._budget.reserved(count, what="a snapshot", field=""))
+        except MemoryExhaustedError:
+            return False
+        return True
 
     async def _write(self, state: SessionState) -> None:
         snapshot, facts = to_snapshot(state, self._kept.about()), self._kept.facts()
