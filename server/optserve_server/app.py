@@ -33,6 +33,7 @@ from optserve_server.rpc.interceptor import methods_of
 from optserve_server.rpc.server import SERVICE, Server
 from optserve_server.rpc.tls import Credentials, server_credentials
 from optserve_server.rpc.tokens import Tokens
+from optserve_server.storage.archive import Mirror, ObjectStore, Shipping, restore_if_empty
 from optserve_server.storage.disk import LocalDisk
 from optserve_server.storage.local import LocalStorage
 from optserve_server.telemetry.endpoint import MetricsEndpoint
@@ -150,17 +151,35 @@ def _persistence(config: Config, device: Device) -> Iterator[Persistence | None]
     origin = Origin(
         torch=str(torch.__version__), device=device.name if device.is_cuda else device.torch.type
     )
-    storage = LocalStorage(LocalDisk(config.data_dir), origin)
-    try:
-        with ThreadPoolExecutor(_DISK_THREADS, thread_name_prefix="optserve-disk") as executor:
-            yield Persistence(
-                storage=storage,
-                executor=executor,
-                origin=origin,
-                replay_foreign=config.replay_foreign_journals,
-            )
-    finally:
-        storage.close()
+    with ExitStack() as stack:
+        archive = _archive(config)
+        if archive and config.archive_restore:
+            received = restore_if_empty(archive, LocalDisk(config.data_dir))
+            _LOGGER.info("restored from the archive", extra={"bytes": received})
+        disk = LocalDisk(config.data_dir)
+        storage = LocalStorage(disk, origin)
+        stack.callback(storage.close)
+        if archive:
+            mirror = Mirror(disk, archive)
+            shipping = Shipping(mirror, interval_s=config.archive_interval_s)
+            stack.callback(shipping.close)  # After the last snapshot, and before the disk goes.
+        executor = ThreadPoolExecutor(_DISK_THREADS, thread_name_prefix="optserve-disk")
+        yield Persistence(
+            storage=storage,
+            executor=stack.enter_context(executor),
+            origin=origin,
+            replay_foreign=config.replay_foreign_journals,
+        )
+
+
+def _archive(config: Config) -> ObjectStore | None:
+    """Return where the data directory is copied to; None if nowhere."""
+    if config.archive_url is None:
+        return None
+    # Here, and not above: fsspec need not be installed.
+    from optserve_server.storage.remote import RemoteStore  # noqa: PLC0415
+
+    return RemoteStore(config.archive_url)
 
 
 def _metrics(config: Config, device: Device) -> tuple[CollectorRegistry, Metrics]:

@@ -121,6 +121,14 @@ class Config(BaseSettings):
     replay_foreign_journals: bool = False
     """Whether to go on with sessions whose journals another version of torch, or another device,
     has written, though it may make other bits of them."""
+    archive_url: str | None = None
+    """Where to keep a copy of what is finished in the data directory, as fsspec names it:
+    s3://bucket/prefix, or file:///mnt/backup. Each data directory has its own. It needs
+    optserve-server[remote]."""
+    archive_interval_s: Seconds = 60.0
+    """How many seconds after one look at what the archive lacks there is the next one."""
+    archive_restore: bool = False
+    """Whether to fill an empty data directory from the archive first."""
     idle_timeout_s: Seconds = _LIMITS.idle_timeout_s
     """A session that nobody has used for so many seconds is deleted, if it is not durable."""
     durable_idle_timeout_s: Seconds = 2_592_000.0
@@ -210,6 +218,16 @@ class Config(BaseSettings):
             raise ValueError("jwt_jwks, jwt_issuer and jwt_audience need each other")
         if self.jwt_jwks and not find_spec("jwt"):
             raise ValueError('jwt_jwks needs PyJWT: pip install "optserve-server[jwt]"')
+        return self
+
+    @model_validator(mode="after")
+    def _archives_have_something_to_copy(self) -> Config:
+        if self.archive_url and not self.data_dir:
+            raise ValueError("archive_url needs data_dir")
+        if self.archive_restore and not self.archive_url:
+            raise ValueError("archive_restore needs archive_url")
+        if self.archive_url and not find_spec("fsspec"):
+            raise ValueError('archive_url needs fsspec: pip install "optserve-server[remote]"')
         return self
 
     @model_validator(mode="after")

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from optserve_server.core.storage import StorageError
-from optserve_server.storage.disk import Disk, File, read_file
+from optserve_server.storage.disk import Disk, File, read_file, remove_tree
 from optserve_server.storage.places import (
     CHECKPOINTS,
     HEAD,
+    LOCK,
     SESSIONS,
+    UNFINISHED,
     VERSION,
     is_finished,
     segments_in,
@@ -29,6 +31,8 @@ from optserve_server.storage.places import (
 from optserve_server.storage.snapshot import MANIFEST, TENSORS
 
 _logger = logging.getLogger(__name__)
+
+_RESTORING = VERSION + UNFINISHED
 
 PIECE_BYTES = 8 << 20  # What object stores like to get at once.
 
@@ -175,27 +179,30 @@ class Mirror:
         self._sent_bytes += len(content)
 
 
-def restore(archive: ObjectStore, disk: Disk) -> int:
-    """Make a data directory of what an archive holds.
+def restore_if_empty(archive: ObjectStore, disk: Disk) -> int:
+    """Make a data directory of what an archive holds, unless there is something already.
 
     A session comes back as it was when its last sealed segment, or its last snapshot, was sent.
 
     Args:
-        archive: From ship().
-        disk: An empty directory; closed afterwards.
+        archive: From Mirror; an empty one has nothing to restore.
+        disk: The directory; closed afterwards.
 
     Returns:
         How many bytes were read.
 
     Raises:
-        ForeignArchiveError: There is no archive.
-        StorageError: The directory is not empty, or in use.
-        OSError: One of the two does not answer.
+        ForeignArchiveError: The archive is none.
+        StorageBusyError: Another server uses the directory.
+        OSError: One of the two does not answer. To try again begins anew.
     """
     disk.lock()
     try:
-        if any(entry.name != "lock" for entry in disk.entries("")):
-            raise StorageError("a data directory is restored into an empty directory")
+        names = {entry.name for entry in disk.entries("")} - {LOCK}
+        if names and _RESTORING not in names:
+            return 0
+        for name in names:  # Of a restore that was interrupted.
+            disk.remove(name) if name == _RESTORING else remove_tree(disk, name)
         return _restore(archive, disk)
     finally:
         disk.close()
@@ -226,6 +233,9 @@ class Shipping:
     def _pass(self) -> bool:
         try:
             return self._mirror.ship().is_complete
+        except ForeignArchiveError as error:
+            _logger.error("nothing is archived: %s", error)  # noqa: TRY400 It is no surprise.
+            return True
         except (OSError, StorageError) as error:
             # The next one makes up for it: meanwhile the archive is behind, and the log says so.
             _logger.warning("the archive is behind: %s", error)
@@ -234,20 +244,23 @@ class Shipping:
 
 def _restore(archive: ObjectStore, disk: Disk) -> int:
     sizes = archive.sizes()
+    if not sizes:
+        return 0
     if VERSION not in sizes:
         raise ForeignArchiveError("there is no archive of a data directory")
-    received = 0
+    # It gets its name at the end: without it, this is no data directory.
+    received = _receive(archive, disk, VERSION, _RESTORING)
+    disk.sync_directory("")
     made = {""}
     for name in sorted(sizes.keys() - {VERSION}):
         parent, _, last = name.rpartition("/")
         if last in (MANIFEST, TENSORS) and f"{parent}/{MANIFEST}" not in sizes:
             continue  # A snapshot that had not come whole.
         _make(disk, parent, made)
-        received += _receive(archive, disk, name)
-    for parent in sorted(made - {""}, reverse=True):
+        received += _receive(archive, disk, name, name)
+    for parent in sorted(made, reverse=True):
         disk.sync_directory(parent)
-    # Last: without it, this is no data directory.
-    received += _receive(archive, disk, VERSION)
+    disk.rename(_RESTORING, VERSION)
     disk.sync_directory("")
     return received
 
@@ -265,8 +278,8 @@ def _pieces(file: File) -> Iterator[bytes]:
         yield bytes(piece)
 
 
-def _receive(archive: ObjectStore, disk: Disk, name: str) -> int:
-    file = disk.create(name)
+def _receive(archive: ObjectStore, disk: Disk, name: str, path: str) -> int:
+    file = disk.create(path)
     try:
         offset = 0
         for piece in archive.read(name):

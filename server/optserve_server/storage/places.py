@@ -25,6 +25,7 @@ from optserve_server.storage.disk import Disk, Entry, read_file, remove_tree
 from optserve_server.storage.document import decode_document, encode_document
 
 VERSION = "version.json"
+LOCK = "lock"
 SESSIONS = "sessions"
 CHECKPOINTS = "checkpoints"
 HEAD = "head.json"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from faults.disks import MemoryDisk
+from faults.disks import CrashError, MemoryDisk
 from fsspec.implementations.memory import MemoryFileSystem
 from unit.storage.sessions import (
     SESSION,
@@ -23,8 +23,8 @@ from unit.storage.sessions import (
     stored,
 )
 
-from optserve_server.core.storage import CheckpointKey, StorageError
-from optserve_server.storage.archive import ForeignArchiveError, Mirror, Shipping, restore
+from optserve_server.core.storage import CheckpointKey
+from optserve_server.storage.archive import ForeignArchiveError, Mirror, Shipping, restore_if_empty
 from optserve_server.storage.remote import RemoteStore
 
 KEY = CheckpointKey(tenant="ours", session_id=SESSION, name="best")
@@ -88,7 +88,7 @@ def test_data_directory_comes_back_from_an_object_store(archive: RemoteStore) ->
     assert Mirror(disk, archive).ship().sent_bytes == 0  # It is all there.
 
     copy = MemoryDisk()
-    assert restore(archive, copy) == first.sent_bytes
+    assert restore_if_empty(archive, copy) == first.sent_bytes
     for session_id in (SESSION, "07e5"):
         snapshot, last = restored(copy, session_id)
         assert snapshot == 5
@@ -130,7 +130,7 @@ def test_archive_follows_what_is_pruned_changed_and_deleted() -> None:
     store.close()
     assert mirror.ship().removed > 5
     copy = MemoryDisk()
-    restore(archive, copy)
+    restore_if_empty(archive, copy)
     assert restored(copy) == (13, 13)
     copy.restart()
     restored_storage = stored(copy)
@@ -151,7 +151,7 @@ def test_pass_that_ends_anywhere_leaves_what_can_be_restored_and_is_made_up_for(
             was_whole = False
         if writes:
             copy = MemoryDisk()
-            restore(archive, copy)
+            restore_if_empty(archive, copy)
             storage = stored(copy)
             for session in storage.sessions():
                 assert load(storage.open(session.session_id))[1] >= 0
@@ -159,7 +159,7 @@ def test_pass_that_ends_anywhere_leaves_what_can_be_restored_and_is_made_up_for(
         archive.writes_left = 1 << 30
         assert Mirror(disk, archive).ship().is_complete
         copy = MemoryDisk()
-        restore(archive, copy)
+        restore_if_empty(archive, copy)
         assert restored(copy)[0] == 5
         if was_whole:
             return
@@ -184,11 +184,11 @@ def test_snapshot_that_is_pruned_under_a_pass_makes_it_incomplete() -> None:
     mirror = Mirror(disk, archive)
     assert not mirror.ship().is_complete
     copy = MemoryDisk()
-    restore(archive, copy)
+    restore_if_empty(archive, copy)
     assert restored(copy) == (5, 5)
     assert mirror.ship().is_complete
     copy = MemoryDisk()
-    restore(archive, copy)
+    restore_if_empty(archive, copy)
     assert restored(copy) == (13, 13)
 
 
@@ -207,15 +207,44 @@ def test_archive_of_another_data_directory_is_left_alone() -> None:
     with pytest.raises(ForeignArchiveError):
         Mirror(ours, other).ship()
     with pytest.raises(ForeignArchiveError):
-        restore(other, MemoryDisk())
+        restore_if_empty(other, MemoryDisk())
 
 
-def test_restore_wants_an_empty_directory() -> None:
+def test_directory_with_sessions_is_not_restored_over() -> None:
+    disk, archive = MemoryDisk(), Store()
+    trained(disk)
+    assert restore_if_empty(archive, MemoryDisk()) == 0  # As at the first start of all.
+    Mirror(disk, archive).ship()
+    storage = stored(disk)
+    store = storage.open(SESSION)
+    load(store)
+    append(store, 1)
+    store.close()
+    storage.close()
+    assert restore_if_empty(archive, disk) == 0
+    assert restored(disk) == (5, 13)
+
+
+def test_restore_that_was_interrupted_begins_anew() -> None:
     disk, archive = MemoryDisk(), Store()
     trained(disk)
     Mirror(disk, archive).ship()
-    with pytest.raises(StorageError, match="empty directory"):
-        restore(archive, disk)
+    whole = MemoryDisk()
+    restore_if_empty(archive, whole)
+    for position in range(1, len(whole.operations), 5):
+        copy = MemoryDisk()
+        left = iter(range(position))
+
+        def stop(_: str, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise CrashError
+
+        copy.before = stop
+        with pytest.raises(CrashError):
+            restore_if_empty(archive, copy)
+        copy.lose_power()
+        restore_if_empty(archive, copy)
+        assert restored(copy)[0] == 5
 
 
 def test_shipping_goes_on_after_trouble_and_ends_with_everything_there(
@@ -231,5 +260,15 @@ def test_shipping_goes_on_after_trouble_and_ends_with_everything_there(
     shipping.close()
     assert "the archive is behind: [Errno 104] Connection reset by peer" in caplog.text
     copy = MemoryDisk()
-    restore(archive, copy)
+    restore_if_empty(archive, copy)
     assert restored(copy)[0] == 5
+
+
+def test_shipping_into_the_archive_of_another_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    archive = Store()
+    ours, theirs = MemoryDisk(), MemoryDisk()
+    trained(ours)
+    Mirror(ours, archive).ship()
+    stored(theirs).close()
+    Shipping(Mirror(theirs, archive), interval_s=3600.0).close()
+    assert "nothing is archived: the archive is of another data directory" in caplog.text
