@@ -365,3 +365,10 @@ def test_a_session_without_room_for_a_copy_of_it_is_saved_all_the_same() -> None
         stepped(server.driver, session_id, 1, 9)
         assert server.driver.get(session_id).status.durable_steps >= 7
         assert server.registry.budget.reserved_bytes == count
+
+
+def test_a_server_says_whether_sessions_may_survive_it() -> None:
+    with durable_server() as server, ground() as without:
+        asked = pb.GetServerInfoRequest()
+        assert "durability" in server.driver.stub.GetServerInfo(asked).features
+        assert "durability" not in without.driver.stub.GetServerInfo(asked).features

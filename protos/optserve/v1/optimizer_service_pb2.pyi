@@ -1815,8 +1815,9 @@ class Limits(_message.Message):
     steps a stream may rest for ever.
     """
     idle_timeout_s: _builtins.float
-    """idle_timeout_s is after how many seconds a session that nobody uses is deleted. A session is in use when a call names
-    it, whether or not it is refused, and for as long as a Train stream is open in it; ListSessions names none.
+    """idle_timeout_s is after how many seconds a session that nobody uses is deleted, if it is not durable; durable ones are
+    parked, and kept for as long as the server's operator likes. A session is in use when a call names it, whether or not
+    it is refused, and for as long as a Train stream is open in it; ListSessions names none.
     """
     elements_max: _builtins.int
     """elements_max is how many elements a list among hyperparameters, such as milestones, may have."""

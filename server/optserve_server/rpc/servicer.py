@@ -32,6 +32,7 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 _LOGGER = logging.getLogger(__name__)
 _PAGE_SESSIONS_MAX = 100
+_DURABILITY = "durability"  # Name among the server's features: sessions may survive.
 _PAGE_POINTS_MAX = 10_000  # About 50 bytes each: an eighth of a message.
 
 
@@ -169,9 +170,17 @@ class OptimizerServicer(OptimizerServiceServicer):
             torch_version=str(torch.__version__),
             device=str(device.torch),
             device_name=device.name,
-            features=[shared_memory.FEATURE] if self._registry.surroundings.shared_memory else [],
+            features=self._features(),
             limits=pb.Limits(**{name: getattr(limits, name) for name in names}),
         )
+
+    def _features(self) -> list[str]:
+        surroundings = self._registry.surroundings
+        found = {
+            shared_memory.FEATURE: surroundings.shared_memory,
+            _DURABILITY: surroundings.persistence is not None,
+        }
+        return [feature for feature, is_there in found.items() if is_there]
 
     def _sessions(self) -> TenantRegistry:
         """Return what the caller has of the registry."""
