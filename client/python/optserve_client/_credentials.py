@@ -53,9 +53,10 @@ def is_local(target: str) -> bool:
     """Return whether what is sent to a target, as gRPC names it, stays on this host."""
     if target.startswith(_LOCAL_SCHEMES):
         return True
-    for scheme in ("dns:", "ipv4:", "ipv6:"):
-        target = target.removeprefix(scheme)
-    return all(_is_loopback(address) for address in target.rpartition("/")[2].split(","))
+    scheme, _, rest = target.partition(":")
+    if scheme in ("dns", "ipv4", "ipv6"):
+        target = rest.rpartition("/")[2]
+    return all(_is_loopback(address) for address in target.split(","))
 
 
 def _is_loopback(address: str) -> bool:
