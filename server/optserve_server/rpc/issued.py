@@ -117,9 +117,13 @@ class FetchedKeys:
             UnauthenticatedError: The keys could not be had so far.
         """
         found = _find(self._keys, key_id)
-        if found is None or time.monotonic() - self._fetched_s > _LIFESPAN_S:
-            await self._refresh()
+        if found is None:
+            self._refresh()
+            if self._fetch:  # Ours, or that of somebody who came before.
+                await asyncio.shield(self._fetch)
             found = _find(self._keys, key_id)
+        elif time.monotonic() - self._fetched_s > _LIFESPAN_S:
+            self._refresh()  # For those who come later: nobody waits for what he has.
         if self._keys is None:
             raise UnauthenticatedError(
                 "the token cannot be checked, for its issuer does not answer; try again later",
@@ -127,13 +131,11 @@ class FetchedKeys:
             )
         return found
 
-    async def _refresh(self) -> None:
-        """Fetch the keys, if that was not just tried; all who wait, wait for the same."""
+    def _refresh(self) -> None:
+        """Begin to fetch the keys, unless that is under way or was just tried."""
         if self._fetch is None and time.monotonic() - self._tried_s > _COOLDOWN_S:
             self._tried_s = time.monotonic()
             self._fetch = asyncio.create_task(self._fetch_keys())
-        if self._fetch is not None:
-            await asyncio.shield(self._fetch)
 
     async def _fetch_keys(self) -> None:
         loop = asyncio.get_running_loop()
