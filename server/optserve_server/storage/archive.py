@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from optserve_server.core.storage import StorageError
+from optserve_server.core.storage import DamagedError, StorageError
 from optserve_server.storage.disk import Disk, File, read_file, remove_tree
+from optserve_server.storage.document import decode_document
 from optserve_server.storage.places import (
     CHECKPOINTS,
     HEAD,
@@ -28,7 +29,7 @@ from optserve_server.storage.places import (
     snapshot_name,
     snapshots_in,
 )
-from optserve_server.storage.snapshot import MANIFEST, TENSORS
+from optserve_server.storage.snapshot import MANIFEST, TENSORS, decode_manifest
 
 _logger = logging.getLogger(__name__)
 
@@ -94,9 +95,12 @@ class Mirror:
         for owner in self._owners():
             try:
                 kept.update(self._ship_owner(owner))
+                continue
             except FileNotFoundError:  # It was pruned or deleted meanwhile.
                 is_complete = False
-                kept.update(name for name in self._sizes if name.startswith(f"{owner}/"))
+            except DamagedError as damage:  # What the archive has of it may be whole.
+                _logger.warning("not archived: %s", damage)
+            kept.update(name for name in self._sizes if name.startswith(f"{owner}/"))
         gone = sorted(self._sizes.keys() - kept, key=_manifests_first)
         for name in gone:
             self._archive.remove(name)
@@ -140,6 +144,7 @@ class Mirror:
         head = f"{owner}/{HEAD}"
         content = read_file(self._disk, head)
         if not self._has_small(head, content):
+            decode_document(head, content)
             self._send_small(head, content)
         return {*names, head}
 
@@ -149,6 +154,7 @@ class Mirror:
         has_tensors = any(entry.name == TENSORS for entry in self._disk.entries(directory))
         # A checkpoint may have been deleted, and saved again under its name: its manifest tells.
         if not self._has_small(manifest, content):
+            decode_manifest(manifest, content)
             if has_tensors:
                 self._send(parent, tensors)
             self._send_small(manifest, content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -10,6 +11,8 @@ from typing import Protocol
 
 from optserve_server.core.storage import StorageFailedError
 from optserve_server.storage.disk import Disk, File
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +94,13 @@ class Commits:
     def _sync(self, group: Sequence[tuple[Committing, Future[None]]]) -> None:
         journals = dict.fromkeys(journal for journal, _ in group)  # Each once, in their order.
         unsynced = {journal: journal.begin_sync() for journal in journals}
-        errors = self._sync_all(unsynced)
+        try:
+            errors = self._sync_all(unsynced)
+        except Exception as fault:
+            # Whatever it was, somebody waits for an answer, and this thread is everybody's.
+            _logger.exception("a commit has failed")
+            unknown = StorageFailedError(f"{type(fault).__name__} in a commit")
+            errors = dict.fromkeys(unsynced, unknown)
         for journal, what in unsynced.items():
             journal.end_sync(what, errors.get(journal))
         for journal, done in group:

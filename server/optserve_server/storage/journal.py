@@ -129,7 +129,7 @@ class Journal:
             if self._failure is not None:
                 done.set_exception(self._failure)
                 return done
-            if self._durable >= self._sequence and not self._names_unsynced:
+            if self._is_synced:
                 done.set_result(None)
                 return done
         return self._commits.submit(self)
@@ -137,11 +137,13 @@ class Journal:
     def begin_sync(self) -> Unsynced:
         """See Committing."""
         with self._lock:
+            # If it has been done already, the files may be closed at any time.
+            files = [] if self._is_synced else self._unsynced
             return Unsynced(
                 sequence=self._sequence,
                 name=self._directory,
-                files=tuple(self._unsynced),
-                sealed=tuple(file for file in self._unsynced if file is not self._file),
+                files=tuple(files),
+                sealed=tuple(file for file in files if file is not self._file),
                 directory=self._directory if self._names_unsynced else None,
             )
 
@@ -179,6 +181,10 @@ class Journal:
                 self._failure = self._failure or StorageFailedError(f"{self._directory} is closed")
             for file in files:
                 file.close()
+
+    @property
+    def _is_synced(self) -> bool:
+        return self._durable >= self._sequence and not self._names_unsynced
 
     def _check_working(self) -> None:
         if self._failure is not None:

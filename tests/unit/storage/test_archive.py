@@ -192,6 +192,20 @@ def test_snapshot_that_is_pruned_under_a_pass_makes_it_incomplete() -> None:
     assert restored(copy) == (13, 13)
 
 
+@pytest.mark.parametrize("name", ["head.json", f"snapshot-{5:020d}/manifest.json"])
+def test_damage_is_not_archived_in_the_place_of_what_was_whole(name: str) -> None:
+    disk, archive = MemoryDisk(), Store()
+    trained(disk)
+    Mirror(disk, archive).ship()
+    before = dict(archive.objects)
+    disk.damage(f"sessions/{SESSION}/{name}", 60)
+    storage = stored(disk)
+    begun(storage, "11").close()
+    Mirror(disk, archive).ship()
+    assert archive.objects.items() >= before.items()
+    assert "sessions/11/head.json" in archive.objects
+
+
 def test_archive_of_another_data_directory_is_left_alone() -> None:
     archive = Store()
     ours, theirs = MemoryDisk(), MemoryDisk()
