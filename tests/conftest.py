@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from drivers import Driver
 from drivers_core import CoreDriver
+from drivers_durable import durable_drivers
 from drivers_forms import FormDriver
 from drivers_grpc import StubDriver, served_in_process
 from drivers_shared import SharedDriver
@@ -74,7 +75,14 @@ def shared_driver(server: ServerProcess) -> Iterator[SharedDriver]:
         yield driver
 
 
-@pytest.fixture(params=["core", "grpc", "whole", "packed", "process", "shared"])
+@pytest.fixture(scope="session")
+def durable_driver() -> Iterator[Driver]:
+    """Drive a server whose sessions have journals, and are parked whenever nobody uses them."""
+    with durable_drivers() as driver:
+        yield driver
+
+
+@pytest.fixture(params=["core", "grpc", "whole", "packed", "process", "shared", "durable"])
 def driver(request: pytest.FixtureRequest) -> Driver:
     """Run a scenario through every driver."""
     chosen: Driver = request.getfixturevalue(f"{request.param}_driver")

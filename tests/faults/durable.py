@@ -48,6 +48,7 @@ def snapshots(steps: int, seconds: float = 3600.0) -> Durability:
 class DurableServer:
     """A server in this process, and its disk."""
 
+    address: str
     driver: StubDriver
     registry: SessionRegistry
     loop: EventLoopThread
@@ -97,7 +98,9 @@ def durable_server(
         server = loop.call(lambda: Server(registry))
         address = loop.run(server.start("127.0.0.1", 0))
         with StubDriver(address) as driver:
-            yield DurableServer(driver=driver, registry=registry, loop=loop, disk=disk)
+            yield DurableServer(
+                address=address, driver=driver, registry=registry, loop=loop, disk=disk
+            )
         loop.run(server.stop(0))
         loop.run(registry.settle())
         storage.close()
