@@ -84,7 +84,8 @@ export class Client {
       await session.upload(values);
       return session;
     } catch (error) {
-      await session.delete().catch(() => {}); // Nobody would know its id; the first error says more.
+      // Nobody would know its id; and the first error says more.
+      await this.#calls.once('deleteSession', { sessionId: session.id }).catch(() => {});
       throw error;
     }
   }

@@ -3,7 +3,8 @@ import { createHash } from 'node:crypto';
 
 /** @typedef {import('./framing.js').Source} Source */
 
-const DIGEST_BYTES = 16; // Of SHA-256, which processors calculate fastest. Nobody is to be convinced by it but ourselves.
+// Of SHA-256, the fastest that node:crypto has: some 70 ms for 100 MB. It tells mistakes apart; it need not resist forgers.
+const DIGEST_BYTES = 16;
 
 /**
  * The digest of a step's gradients: of their own bytes, whatever encoding they travel in. INT8 rounds the same gradients to

@@ -1,5 +1,5 @@
 // Not run: `npm run check` makes sure that types accept what is right, and refuse what is not.
-import { type Client, type SessionStatus, type Tensor } from '../src/index.js';
+import { type Client, connect, type SessionStatus, type Tensor } from '../src/index.js';
 
 export async function check(client: Client): Promise<void> {
   const session = await client.createSession({
@@ -10,6 +10,7 @@ export async function check(client: Client): Promise<void> {
     loss: { nllLoss: { weight: Float32Array.of(1, 2), reduction: 'SUM' } },
     nonFinite: 'ALLOW',
     wire: { gradients: 'INT8_BLOCKS', parameters: 'BF16' },
+    durability: { mode: 'SNAPSHOT', snapshotSteps: 100 },
   });
   const lr: number | undefined = session.spec.optimizer?.adam?.lr;
   const status: SessionStatus = await session.endEpoch();
@@ -17,6 +18,13 @@ export async function check(client: Client): Promise<void> {
   const w: Tensor | undefined = parameters.w;
   console.log(lr, status.rates.default, status.createTime?.getTime(), w?.shape, replayed);
 
+  const { applied, digest, result } = await session.getContribution(1);
+  const norm: number | undefined = result?.gradientNorm;
+  console.log(applied, digest.length, norm, (await session.resume()).parameters.w?.shape);
+  connect('localhost:1', { tls: { ca: 'pem' }, token: async () => 'token', retry: { jitter: 1 } });
+
+  // @ts-expect-error Patience that there is not.
+  connect('localhost:1', { retry: { attempts: 3 } });
   // @ts-expect-error A misspelt hyperparameter.
   await session.update({ optimizer: { sgd: { momentun: 0.1 } } });
   // @ts-expect-error A value that the enum does not have.
