@@ -1,4 +1,4 @@
-"""A real server behind its doors: certificates that change, sockets, and what its log says."""
+"""A server behind its doors: certificates and tokens that change, sockets, what its log says."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from faults.strangers import (
     OWNER_TOKEN,
     ChannelDriver,
     Provider,
+    closed_ground,
 )
 from messages import bytes_of
 from refusals import refused
@@ -92,56 +93,36 @@ def test_certificates_change_under_a_running_server(authority: Authority, tmp_pa
             assert ChannelDriver(new).get(session_id).status.steps == 2
 
 
-def test_authorities_of_clients_change_under_a_running_server(
-    authority: Authority, tmp_path: Path
-) -> None:
-    files, other = ServerFiles.of(tmp_path, authority.server()), Authority()
-    roots = tmp_path / "clients.pem"
-    roots.write_bytes(authority.root)
-    mine, theirs = (each.client(common_name=OWNER) for each in (authority, other))
-    with running_server(*files.flags, "--tls-client-ca", str(roots)) as server:
-        with tls_channel(server.address, authority.root, client=mine) as channel:
-            session_id = _served(ChannelDriver(channel))
-        roots.write_bytes(other.root)
+def test_authorities_of_clients_change_under_a_running_server(tmp_path: Path) -> None:
+    other = Authority()
+    with closed_ground(tmp_path, certificates=True) as closed:
+        (tmp_path / "clients.pem").write_bytes(other.root)
         time.sleep(LOOK_S)
-        with tls_channel(server.address, authority.root, client=theirs) as channel:
-            assert ChannelDriver(channel).get(session_id).status.session_id == session_id
-        with (
-            tls_channel(server.address, authority.root, client=mine) as channel,
-            refused(""),
-        ):
-            ChannelDriver(channel).get(session_id)
+        with closed.channel(client=other.client(common_name=OWNER)) as channel:
+            ChannelDriver(channel).get(closed.where.session_id)
+        mine = closed.authority.client(common_name=OWNER)
+        with closed.channel(client=mine) as channel, refused(""):
+            ChannelDriver(channel).get(closed.where.session_id)
+        closed.where.look()  # The old connection goes on.
 
 
-def test_tokens_are_given_and_taken_back_under_a_running_server(
-    authority: Authority, tmp_path: Path
-) -> None:
-    files = ServerFiles.of(tmp_path, authority.server())
-    tokens = token_file(tmp_path / "tokens.toml", [])
-    with (
-        running_server(*files.flags, "--tokens", str(tokens)) as server,
-        tls_channel(server.address, authority.root, token=OWNER_TOKEN) as channel,
-    ):
-        driver = ChannelDriver(channel)
-        with refused("UNAUTHENTICATED"):
-            driver.sessions()
-        token_file(tokens, [(OWNER, OWNER_TOKEN)])
-        time.sleep(LOOK_S)
-        session_id = _served(driver)
-        with driver.worker(session_id) as worker:
+def test_tokens_are_given_and_taken_back_under_a_running_server(tmp_path: Path) -> None:
+    with closed_ground(tmp_path) as closed:
+        tokens, driver = tmp_path / "tokens.toml", closed.where.driver
+        with driver.worker(closed.where.session_id) as worker:
             token_file(tokens, [])
             time.sleep(LOOK_S)
             with refused("UNAUTHENTICATED"):
-                driver.get(session_id)
-            take(worker, 1, gradients(1))  # A stream is asked once: when it is opened.
+                driver.sessions()
+            take(worker, 2, gradients(2))  # A stream is asked once: when it is opened.
         token_file(tokens, [(OWNER, OWNER_TOKEN)])
         tokens.write_text(tokens.read_text() + "[[token]")  # Half of an entry.
         time.sleep(LOOK_S)
         with refused("UNAUTHENTICATED"):
-            driver.get(session_id)
+            driver.sessions()
         token_file(tokens, [(OWNER, OWNER_TOKEN)])
         time.sleep(LOOK_S)
-        assert driver.get(session_id).status.steps == 1
+        assert driver.get(closed.where.session_id).status.steps == 2
 
 
 def test_owners_are_known_again_after_a_restart(authority: Authority, tmp_path: Path) -> None:
