@@ -100,4 +100,7 @@ def _cap_problem(found: Comparison, line_s: float) -> str:
 
 
 def _skipped(reason: str) -> tuple[Row, ...]:
-    return tuple(Row(name=name, target=target, skipped=reason) for name, target in _TARGETS.items())
+    return tuple(
+        Row(name=name, unit=target.unit, target=target, skipped=reason)
+        for name, target in _TARGETS.items()
+    )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Verdict: TypeAlias = Literal["ok", "short", "skipped"]
+Verdict: TypeAlias = Literal["ok", "short", "stated", "skipped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ class Target:
     value: float
     at: Literal["most", "least"]
     unit: str
-    """Behind the number: "x", "%", "KiB"."""
+    """Of the value."""
 
     def met_by(self, measured: float) -> bool:
         """Say whether it is met."""
@@ -106,7 +106,10 @@ class Row:
     """One claim, and what was measured of it."""
 
     name: str
-    target: Target
+    unit: str
+    """Behind the number: "x", "%", "KiB"."""
+    target: Target | None = None
+    """None: the number is stated, and held to nothing."""
     measured: Spread | None = None
     skipped: str = ""
     """Why nothing was measured."""
@@ -118,6 +121,8 @@ class Row:
         """Say what became of the claim."""
         if self.measured is None:
             return "skipped"
+        if self.target is None:
+            return "stated"
         return "ok" if self.target.met_by(self.measured.median) else "short"
 
 
@@ -146,6 +151,11 @@ def at_least(value: float, unit: str = "x") -> Target:
 def row(name: str, target: Target, measure: Callable[[], Spread], note: str = "") -> Row:
     """Return the row that ``measure`` finds; a skipped one, if somebody was skipped."""
     try:
-        return Row(name=name, target=target, measured=measure(), note=note)
+        return Row(name=name, unit=target.unit, target=target, measured=measure(), note=note)
     except NotMeasuredError as reason:
-        return Row(name=name, target=target, skipped=str(reason))
+        return Row(name=name, unit=target.unit, target=target, skipped=str(reason))
+
+
+def stated(name: str, unit: str, measured: Spread, note: str = "") -> Row:
+    """Return the row of a number that is held to nothing: what something costs."""
+    return Row(name=name, unit=unit, measured=measured, note=note)

@@ -6,13 +6,20 @@ from collections.abc import Mapping
 
 from benchmarks.model import Tensors
 
-from optserve_client import ClientConfig, Lane, Session, Wire, WireEncoding
+from optserve_client import ClientConfig, Durability, Lane, Session, Wire, WireEncoding
 
 _ENCODINGS: dict[str, WireEncoding | None] = {
     "FP32": None,
     "BF16": "BF16",
     "FP16": "FP16",
     "INT8_BLOCKS": "INT8_BLOCKS",
+}
+
+_DURABILITIES = {
+    "none": Durability(),
+    "snapshot": Durability(mode="SNAPSHOT"),
+    "journal": Durability(mode="JOURNAL"),
+    "fsync": Durability(mode="JOURNAL", fsync=True),
 }
 
 
@@ -22,6 +29,11 @@ def wire(options: Mapping[str, str]) -> Wire:
         gradients=_ENCODINGS[options.get("gradients", "FP32")],
         parameters=_ENCODINGS[options.get("parameters", "FP32")],
     )
+
+
+def durability(options: Mapping[str, str]) -> Durability:
+    """Return how much of a session may be lost: see the option ``durability``."""
+    return _DURABILITIES[options.get("durability", "none")]
 
 
 def client_config(lane: Lane) -> ClientConfig:

@@ -9,7 +9,7 @@ from benchmarks.record import Record
 from rich.table import Table
 from rich.text import Text
 
-_STYLES = {"ok": "green", "short": "bold red", "skipped": "yellow"}
+_STYLES = {"ok": "green", "short": "bold red", "stated": "", "skipped": "yellow"}
 
 
 def row_line(row: Row, width: int) -> Text:
@@ -77,12 +77,14 @@ def _markdown_times(record: Record) -> Iterator[str]:
 def _measured(row: Row) -> tuple[str, str]:
     if row.measured is None:
         return "", ""
-    spread, unit = row.measured, row.target.unit
+    spread, unit = row.measured, row.unit
     quartiles = "" if spread.count == 1 else f"{_number(spread.low)} to {_number(spread.high)}"
     return f"{_number(spread.median)} {unit}", quartiles
 
 
 def _target(row: Row) -> str:
+    if row.target is None:
+        return ""
     return f"at {row.target.at} {row.target.value:g} {row.target.unit}"
 
 

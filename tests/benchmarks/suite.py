@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import bulk, capped, cuda, memory, sessions, small
+from benchmarks import bulk, capped, cuda, durability, memory, sessions, small
 from benchmarks.conditions import Benchmark
 
 BENCHMARKS = (
@@ -40,6 +40,11 @@ BENCHMARKS = (
         name="growth",
         summary="1 M to 100 M parameters: how far the time of a step is from a line",
         run=bulk.growth,
+    ),
+    Benchmark(
+        name="durability",
+        summary="25 M and 10 k parameters, 64 sessions, restarts: journals and snapshots on disk",
+        run=durability.durability,
     ),
     Benchmark(
         name="sizes",

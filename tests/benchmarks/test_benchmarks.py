@@ -128,7 +128,7 @@ def test_verdicts_follow_the_target() -> None:
 
 def test_record_survives_its_file(tmp_path: Path) -> None:
     published = Record.read(PUBLISHED)
-    rows = (*published.rows, Row(name="skipped", target=at_most(1), skipped="no reason"))
+    rows = (*published.rows, Row(name="skipped", unit="x", target=at_most(1), skipped="no reason"))
     record = replace(published, rows=rows)
     record.write(tmp_path / "record.json")
     assert Record.read(tmp_path / "record.json") == record

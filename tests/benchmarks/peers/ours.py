@@ -1,17 +1,18 @@
 """Ours: a real server process, through the public Python client's blocking face.
 
 Options: ``lane`` (grpc, shm), ``overlap`` (auto, on, off), ``gradients`` and ``parameters`` (data
-types on the wire), ``device`` (cpu, cuda).
+types on the wire), ``device`` (cpu, cuda), ``durability`` (none, snapshot, journal, fsync).
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 from benchmarks import knobs
-from benchmarks.job import BlockingPeer, Job
+from benchmarks.job import TESTS, BlockingPeer, Job
 from benchmarks.model import Tensors
 from benchmarks.training import session_optimizer
 from server_process import ServerProcess, running_server
@@ -27,14 +28,26 @@ def connect(job: Job) -> Iterator[OurPeer]:
     config = knobs.client_config(lane)
     wire = knobs.wire(job.options)
     with (
-        our_server(job) as server,
+        data_directory() as folder,
+        our_server(job, "--data-dir", folder) as server,
         optserve.connect(server.address, config=config, progress=False) as client,
+        client.create_session(
+            job.model().initial(),
+            optimizer=session_optimizer(job.optimizer),
+            wire=wire,
+            durability=knobs.durability(job.options),
+        ) as session,
     ):
-        optimizer = session_optimizer(job.optimizer)
-        with client.create_session(
-            job.model().initial(), optimizer=optimizer, wire=wire
-        ) as session:
-            yield OurPeer(job, session, lane)
+        yield OurPeer(job, session, lane)
+
+
+@contextmanager
+def data_directory() -> Iterator[str]:
+    """Make a data directory on a disk: what is meant for temporary files may be memory."""
+    build = TESTS.parent / "build"
+    build.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=build) as folder:
+        yield folder
 
 
 @contextmanager
