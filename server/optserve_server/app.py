@@ -25,7 +25,7 @@ from optserve_server.core.device import Device
 from optserve_server.core.optimizers import OPTIMIZERS
 from optserve_server.core.persistence import Persistence
 from optserve_server.core.registry import SessionRegistry
-from optserve_server.core.storage import Origin
+from optserve_server.core.storage import Origin, StorageError
 from optserve_server.core.surroundings import Overlap, Surroundings
 from optserve_server.last_resort import LastResort
 from optserve_server.rpc.access import Access
@@ -261,10 +261,13 @@ async def _look_after(registry: SessionRegistry, config: Config) -> None:
     pause_s = min(timeout_s for timeout_s in timeouts_s if timeout_s) / _EXPIRY_INTERVALS
     while True:
         await asyncio.sleep(pause_s)
-        for session_id in await registry.expire_idle(
-            config.idle_timeout_s, config.durable_idle_timeout_s
-        ):
-            _LOGGER.info("idle session deleted", extra={"session": session_id})
-        if config.park_timeout_s:
-            for session_id in await registry.park_idle(config.park_timeout_s):
-                _LOGGER.info("idle session parked", extra={"session": session_id})
+        try:
+            for session_id in await registry.expire_idle(
+                config.idle_timeout_s, config.durable_idle_timeout_s
+            ):
+                _LOGGER.info("idle session deleted", extra={"session": session_id})
+            if config.park_timeout_s:
+                for session_id in await registry.park_idle(config.park_timeout_s):
+                    _LOGGER.info("idle session parked", extra={"session": session_id})
+        except StorageError:  # One session's trouble; the others are looked after all the same.
+            _LOGGER.exception("an idle session cannot be parked or deleted")

@@ -223,7 +223,7 @@ def test_a_full_disk_refuses_the_step_and_takes_it_once_there_is_room() -> None:
                 server.driver.end_epoch(session_id, 1)
             with refused("STORAGE_FULL", field="session_id"):
                 server.driver.upload(session_id, {"b": torch.ones(5)})
-            with refused("STORAGE_FULL", field="spec.session_id"):
+            with refused("STORAGE_FULL", field="spec.durability"):
                 server.driver.create(durable_spec(JOURNAL), model())
             assert see(server.driver, session_id) == before
         assert len(server.driver.sessions().sessions) == 1

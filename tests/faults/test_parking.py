@@ -22,6 +22,7 @@ from scenarios.models import gradients, model, spec
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.optimizer_pb2 import SGD
 from optserve.v1.session_pb2 import Durability, SessionState
+from optserve_server.core.errors import SessionNotFoundError
 from optserve_server.core.limits import Limits
 
 PARKED = SessionState.SESSION_STATE_PARKED
@@ -178,3 +179,16 @@ def test_what_has_been_parked_for_long_is_deleted_and_what_is_in_memory_only_soo
         assert len(_states(server)) == 1
         assert server.loop.run(registry.expire_idle(0.0, 3600.0))
         assert not _states(server)
+
+
+def test_a_parked_session_is_there_for_its_tenant_and_for_no_other() -> None:
+    with durable_server() as server:
+        registry, loop = server.registry, server.loop
+        session_id = _created(server)
+        _park(server)
+        other = registry.of("other")
+        assert not loop.call(lambda: other.page(after=0, count=10))[0]
+        for call in (other.find, other.delete):
+            with pytest.raises(SessionNotFoundError):
+                loop.run(call(session_id))
+        assert _states(server) == {session_id: PARKED}

@@ -325,13 +325,18 @@ class Archive:
         _LOGGER.error(what, extra={"session": self._store.session_id, "cause": str(error)})
 
 
-def exhausted(error: StorageFullError) -> StorageExhaustedError:
-    """Return what a change is refused with that the disk has no room for."""
+def exhausted(error: StorageFullError, field: str = "session_id") -> StorageExhaustedError:
+    """Return what a change is refused with that the disk has no room for.
+
+    Args:
+        error: What the disk said, for the log.
+        field: Path of what asks for the room.
+    """
     _LOGGER.warning("the disk has no room", extra={"cause": str(error)})
     return StorageExhaustedError(
         "the server's disk has no room for what would make the change durable; nothing was changed:"
         " try again once there is room",
-        field="session_id",
+        field=field,
         expected="room on the server's disk",
         retry_after_s=_RETRY_AFTER_S,
     )

@@ -268,6 +268,8 @@ class SessionRegistry:
     async def settle(self) -> None:
         """Make durable what durable sessions have, and let go of the disk; there is no way back."""
         self._draining = True
+        for parked in list(self._shelf.parked.values()) if self._shelf else ():
+            await parked.stay()
         durable = [actor.archive for actor in self._actors.values() if actor.archive]
         await asyncio.gather(*(archive.settle() for archive in durable))
 

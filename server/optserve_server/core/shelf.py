@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +26,8 @@ from optserve_server.core.storage import (
 )
 from optserve_server.core.surroundings import Surroundings
 from optserve_server.core.work import to_its_end
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Shelf:
@@ -79,7 +82,7 @@ class Shelf:
                 await self._persistence.run(lambda: _destroy(storage, creating.result()))
             raise
         except StorageFullError as error:
-            raise exhausted(error) from None
+            raise exhausted(error, "durability") from None
         self._keep(actor, store, saved_steps=session.steps)
 
     async def take(self, parked: ParkedSession, reserved_bytes: int) -> SessionActor:
@@ -96,6 +99,7 @@ class Shelf:
                 " session can only be deleted",
                 field="session_id",
             )
+        started_s = self._surroundings.monotonic()
         device, limits, persistence = self._surroundings.device, self._limits, self._persistence
         try:
             recovered = await persistence.run(
@@ -106,6 +110,15 @@ class Shelf:
             raise
         count = max(reserved_bytes, recovered.byte_count)
         actor = SessionActor(recovered.session, parked.opened, count, self._surroundings)
+        _LOGGER.info(
+            "session restored",
+            extra={
+                "session": parked.session_id,
+                "steps": recovered.session.steps,
+                "replayed": recovered.session.steps - recovered.saved_steps,
+                "seconds": round(self._surroundings.monotonic() - started_s, 3),
+            },
+        )
         actor.created_s = parked.standing().created_s
         actor.stepped_s = recovered.stepped_s
         actor.request = parked.request
