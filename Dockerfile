@@ -32,6 +32,8 @@ FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/optserve /opt/optserve
 # HOME is on the only thing that may be written to: some libraries insist on a cache.
 ENV PATH=/opt/optserve/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# For --data-dir: a volume that is mounted here belongs to the server's user.
+RUN ["install", "-d", "-o", "65532", "-g", "65532", "-m", "0700", "/var/lib/optserve"]
 USER 65532:65532
 WORKDIR /tmp
 
