@@ -197,6 +197,8 @@ class SessionOperations:
 
     def resume(self) -> Operation[Parameters]:
         """Go on from where the session stands: count its steps, and fetch its parameters."""
+        if self._via == "stream":  # Once it is open, nothing more comes of an older one.
+            yield from self.terms.outages.persist(self._ways.enter)
         found = yield from self.contribution()
         self._ways.forget()
         self._ways.steps, self.epochs = found.steps, found.epochs

@@ -87,12 +87,11 @@ class StepWays:
             return bytes_of(values)
         return encode_as(header, values, role="gradient", path=f"gradients[{at}]")
 
-    def open(self) -> Operation[pb.TrainOpened | None]:
+    def enter(self) -> Operation[pb.TrainOpened | None]:
         """Open the worker's stream, and enter the lane; None if the stream is open already.
 
         Raises:
             SharedMemoryError: There is no shared memory, and it must be.
-            StepsLostError: The server has fewer steps than it has answered.
         """
         config = self._terms.config
         opening = exchanges.Opening(
@@ -106,10 +105,20 @@ class StepWays:
         if opened is not None:
             self._reference = None
             self._shared.take(opened)
-            if opened.status.steps < self.steps:
-                raise steps_lost(self.steps, opened.status.steps)
         if config.lane == "shm" and self._shared.closed_because:
             raise SharedMemoryError(f"no shared memory: {self._shared.closed_because}")
+        return opened
+
+    def open(self) -> Operation[pb.TrainOpened | None]:
+        """Open the worker's stream as ``enter`` does, to go on from the last step known here.
+
+        Raises:
+            SharedMemoryError: As of ``enter``.
+            StepsLostError: The server has fewer steps than it has answered.
+        """
+        opened = yield from self.enter()
+        if opened is not None and opened.status.steps < self.steps:
+            raise steps_lost(self.steps, opened.status.steps)
         return opened
 
     def streamed(self, step: PendingStep) -> Taking:

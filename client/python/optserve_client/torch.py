@@ -152,6 +152,20 @@ class RemoteOptimizer:
         for mirror in self._mirrors.values():
             mirror.zero_grad(set_to_none=set_to_none)
 
+    def resume(self) -> int:
+        """Go on from where the session stands: write its values into the parameters.
+
+        After a StepsLostError, or in the place of another worker; see ``Session.resume``.
+
+        Returns:
+            How many steps have been applied: the next data is that of the step after them.
+        """
+        if self._backward:
+            self._backward.give_up()
+        self._session.resume()
+        self._write()
+        return self._session.steps
+
     def end_epoch(self) -> SessionStatus:
         """End an epoch: a scheduler that counts epochs advances."""
         return self._session.end_epoch()

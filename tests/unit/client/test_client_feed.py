@@ -88,3 +88,27 @@ def test_a_refused_step_says_no_more_and_leaves_the_stream_open() -> None:
     assert step.receive(pb.TrainResponse(refused=pb.StepRefused(step=1, refusal=refusal)))
     feed.close()
     assert list(events) == []
+
+
+def test_what_is_ended_may_be_sent_again_all_at_once() -> None:
+    feed, data = Feed(NAMES), bytearray(4)
+
+    def copied() -> None:
+        data[:] = b"done"
+
+    feed.put(1, memoryview(b"abcd"), at_once)
+    feed.put(0, memoryview(data), copied)
+    assert not feed.is_ended
+    assert feed.end()
+    assert feed.settle()
+    assert [bytes(each) for each in feed.all()] == [b"done", b"abcd"]
+    feed.close()
+    assert not feed.settle()
+
+
+def test_what_is_not_ended_when_it_fails_is_given_up() -> None:
+    feed = Feed(NAMES)
+    feed.put(0, memoryview(b"abcd"), at_once)
+    assert not feed.settle()
+    assert not feed.end()
+    assert not feed.settle()

@@ -12,6 +12,8 @@ from torch import nn
 import optserve_client as optserve
 from optserve_client.torch import RemoteOptimizer
 
+SGD = optserve.optim.SGD(lr=0.1)
+
 
 @pytest.fixture
 def client(server: ServerProcess) -> Iterator[optserve.Client]:
@@ -199,3 +201,21 @@ def test_a_sparse_gradient_is_refused(client: optserve.Client) -> None:
         embedding(torch.tensor([1])).sum().backward()
         with pytest.raises(TypeError, match="to_dense"):
             optimizer.step()
+
+
+def test_who_resumes_has_the_values_of_the_session(client: optserve.Client) -> None:
+    mine, theirs = model(), model()
+    with RemoteOptimizer(mine.named_parameters(), client, optimizer=SGD) as optimizer:
+        late = RemoteOptimizer.join(
+            theirs.named_parameters(), client, optimizer.session.session_id, worker=0
+        )
+        for seed in range(3):
+            set_gradients(mine, seed)
+            optimizer.step()
+        optimizer.session.close()
+        assert late.resume() == late.session.steps == 3
+        assert_same_bits(theirs, mine)
+        set_gradients(theirs, 3)
+        assert late.step().step == 4
+        late.close()
+        client.delete_session(late.session.session_id)
