@@ -128,6 +128,7 @@ class SessionRegistry:
                 try:
                     await self._shelf.put(actor, request)
                 except BaseException:
+                    session.forget()
                     self._release(tenant, count)
                     raise
         except BaseException:
