@@ -41,8 +41,6 @@ def bad_steps(via: str) -> Scenario:
             bad(gradients_of(2), "STEP_OUT_OF_ORDER", 3, expected="2", actual="3"),
             bad(gradients_of(2), "STEP_OUT_OF_ORDER", 0, expected="2"),
             step(1, gradients_of(1), via=via),
-            bad(gradients_of(3), "STEP_CONFLICT", 1),
-            bad(gradients_of(1)[:1], "STEP_CONFLICT", 1),
             step(2, gradients_of(2), via=via),
             step(None, gradients_of(3), via=via),
             plain("get_session"),
@@ -55,9 +53,36 @@ def bad_spec(**changes: object) -> Json:
     return SMALL | changes
 
 
+def conflicts(via: str) -> list[Json]:
+    """Take a step's number again with other content, and with the same one, before and after."""
+
+    def other(number: int, gradients: list[Json]) -> Json:
+        return refused(step(number, gradients, via, via), "STEP_CONFLICT")
+
+    return [
+        create({"parameters": model(), "optimizer": {"adam": {"lr": 0.1}}}, via),
+        *([join(via)] if via == "stream" else []),
+        step(1, gradients_of(1), via, via),
+        other(1, gradients_of(2)),
+        other(1, gradients_of(1)[:1]),
+        step(1, gradients_of(1), via, via),
+        step(2, gradients_of(2)[1:], via, via),
+        other(2, gradients_of(2)),
+        other(2, gradients_of(2)[:1]),
+        step(2, gradients_of(2)[1:], via, via),
+        step(3, gradients_of(1), via, via),
+        plain("download_parameters", via),
+    ]
+
+
 REFUSALS = [
     bad_steps("stream"),
     bad_steps("unary"),
+    Scenario(
+        name="conflicting-steps",
+        about="Other content under the number of a step that was taken is not mistaken for it.",
+        acts=[*conflicts("stream"), *conflicts("unary")],
+    ),
     Scenario(
         name="refused-sessions",
         about="What no session is made from, with the field at fault.",
