@@ -148,9 +148,9 @@ def _persistence(config: Config, device: Device) -> Iterator[Persistence | None]
     if config.data_dir is None:
         yield None
         return
-    origin = Origin(
-        torch=str(torch.__version__), device=device.name if device.is_cuda else device.torch.type
-    )
+    # Kernels for wider vectors may round otherwise: two CPUs are alike if they have the same.
+    cpu = f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    origin = Origin(torch=str(torch.__version__), device=device.name if device.is_cuda else cpu)
     with ExitStack() as stack:
         archive = _archive(config)
         if archive and config.archive_restore:

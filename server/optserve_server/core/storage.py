@@ -110,7 +110,7 @@ class Origin:
     torch: str
     """``torch.__version__``."""
     device: str
-    """Its kind and model: ``cpu``, or as CUDA names it."""
+    """Its kind and model: ``cpu AVX512``, or as CUDA names it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
