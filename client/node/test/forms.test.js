@@ -162,6 +162,24 @@ for (const [what, gradients] of /** @type {[string, any][]} */ ([
   });
 }
 
+test('a step that is refused for now is taken again when the server says, on the same stream', async () => {
+  const retryAfter = { seconds: 0, nanos: 2e8 };
+  const refusal = { reason: 'REASON_MEMORY_EXHAUSTED', code: 8, message: 'full', retryAfter };
+  const answers = [[{ refused: { step: 1, refusal } }], [PACKED]];
+  const opened = connect(client.target);
+  const session = await opened.getSession('small');
+  await session.join();
+  seen = [];
+  answerTo = () => answers.shift() ?? [];
+  const begin = performance.now();
+  const { parameters } = await session.step({ w: new Float32Array(2), b: new Float32Array(3) });
+  await opened.close();
+  assert.ok(performance.now() - begin >= 199);
+  assert.deepEqual(dataOf(parameters), BOTH);
+  assert.equal(seen.length, 2);
+  assert.deepEqual(seen[0], seen[1]); // The same gradients, and the same digest.
+});
+
 const SOME = { w: Float32Array.of(1, 2) };
 const BEGIN = { begin: { step: 1 } };
 
