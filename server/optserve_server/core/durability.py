@@ -10,15 +10,15 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from optserve_server.core import failpoints
 from optserve_server.core.admission import Budget
+from optserve_server.core.capture import Captured, captured
 from optserve_server.core.changes import Change, to_record
 from optserve_server.core.errors import (
-    MemoryExhaustedError,
     OptserveError,
     SessionFailedError,
     StorageExhaustedError,
@@ -26,7 +26,6 @@ from optserve_server.core.errors import (
 from optserve_server.core.events import SnapshotSaved
 from optserve_server.core.limits import Limits
 from optserve_server.core.persistence import Persistence
-from optserve_server.core.session import Session
 from optserve_server.core.spec import DurabilityMode
 from optserve_server.core.state import SessionState, to_snapshot
 from optserve_server.core.storage import (
@@ -37,21 +36,15 @@ from optserve_server.core.storage import (
     StorageFullError,
 )
 from optserve_server.core.surroundings import Surroundings
-from optserve_server.core.work import Work, to_its_end
+from optserve_server.core.work import to_its_end
 
 _LOGGER = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 5.0  # Room on a disk is made by people.
 
 
-class Kept(Protocol):
+class Kept(Captured, Protocol):
     """Whoever serves the session, as far as it is asked here."""
-
-    session: Session
-    work: Work
-
-    def about(self) -> Mapping[str, Json]:
-        """Return what a snapshot says beside the session's state."""
 
     def facts(self) -> Mapping[str, Json]:
         """Return what the catalogue says of the session."""
@@ -254,19 +247,12 @@ class Archive:
         return self._saving
 
     async def _save(self) -> None:
-        started_s, work = self._surroundings.monotonic(), self._kept.work
-        with ExitStack() as reserved:
-            async with work.lock.shared():
-                if self._closed:  # The session may be empty by now.
-                    return
-                copy = self._has_room_for_copy(reserved)
-                state = await work.run(lambda: self._session.capture(copy=copy))
-                self._begun = _Mark(sequence=state.sequence, steps=state.steps)
-                self._begun_bytes = self._recorded_bytes
-                if not copy:  # Then the session waits while it is written itself.
-                    await self._write(state)
-            if copy:
-                await self._write(state)
+        started_s = self._surroundings.monotonic()
+        async with captured(self._kept, self._budget, what="a snapshot") as state:
+            # At once: the session may go on, and letting go of it does not wait.
+            self._begun = _Mark(sequence=state.sequence, steps=state.steps)
+            self._begun_bytes = self._recorded_bytes
+            await self._write(state)
         self._saved = _Mark(sequence=state.sequence, steps=state.steps)
         self._saved_bytes = self._begun_bytes
         seconds = self._surroundings.monotonic() - started_s
@@ -274,20 +260,11 @@ class Archive:
             SnapshotSaved(seconds=seconds, time_s=self._surroundings.clock())
         )
 
-    def _has_room_for_copy(self, reserved: ExitStack) -> bool:
-        """Reserve memory for a copy of the session's state, if there is any."""
-        count = self._session.byte_count
-        try:
-            reserved.enter_context(self._budget.reserved(count, what="a snapshot", field=""))
-        except MemoryExhaustedError:
-            return False
-        return True
-
     async def _write(self, state: SessionState) -> None:
-        snapshot, facts = to_snapshot(state, self._kept.about()), self._kept.facts()
+        about, facts = self._kept.about(), self._kept.facts()
 
         def write() -> None:
-            self._store.save_snapshot(snapshot)
+            self._store.save_snapshot(to_snapshot(state, about))
             self._store.update_facts(facts)
 
         await self._persistence.run(write)

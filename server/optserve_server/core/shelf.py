@@ -71,10 +71,12 @@ class Shelf:
         """
         actor.request = request
         session, storage = actor.session, self._persistence.storage
-        snapshot, facts = to_snapshot(session.capture(copy=False), actor.about()), actor.facts()
-        creating = actor.work.spawn(
-            self._persistence.run(lambda: storage.create(actor.session_id, facts, snapshot))
-        )
+        state, about, facts = session.capture(copy=False), actor.about(), actor.facts()
+
+        def create() -> SessionStore:
+            return storage.create(actor.session_id, facts, to_snapshot(state, about))
+
+        creating = actor.work.spawn(self._persistence.run(create))
         try:
             store = await to_its_end(creating)
         except asyncio.CancelledError:  # The client has gone, and nobody else knows the id.
