@@ -10,7 +10,12 @@ from torch import Tensor
 
 from optserve_server.core.device import Device
 from optserve_server.core.durability import Archive
-from optserve_server.core.errors import OptserveError, RoundTimeoutError, StepOutOfOrderError
+from optserve_server.core.errors import (
+    OptserveError,
+    RoundTimeoutError,
+    SessionFailedError,
+    StepOutOfOrderError,
+)
 from optserve_server.core.events import Observer, Phase
 from optserve_server.core.norms import check_finite, norm_of
 from optserve_server.core.outcome import StepOutcome
@@ -93,7 +98,16 @@ class Rounds:
         return self._round.has(worker)
 
     def last_contribution(self, worker: int) -> LastContribution | None:
-        """Return the last step that a worker has contributed to; None if there is none."""
+        """Return the last step that a worker has contributed to; None if there is none.
+
+        Raises:
+            SessionFailedError: The session has failed: what is left of its last step is unknown.
+        """
+        if self._session.failed:
+            raise SessionFailedError(
+                "the session has failed, and what is left of its last step is unknown; if it is"
+                " durable, a restart of the server says"
+            )
         round_, outcome = self._round, self._outcome
         if round_.has(worker):
             return LastContribution(step=round_.step, digest=round_.digests[worker], outcome=None)
