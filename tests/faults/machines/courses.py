@@ -15,6 +15,7 @@ from torch import Tensor
 
 import optserve_client as optserve
 from optserve_client.optim import AnyOptimizer
+from optserve_client.tensors import Array
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -120,10 +121,10 @@ def attend(session: optserve.Session, course: Course, worker: int, log: list[Ent
         )
 
 
-def tensors_of(parameters: Mapping[str, optserve.Array]) -> Tensors:
+def tensors_of(parameters: Mapping[str, Array]) -> Tensors:
     """Return copies of parameters."""
     return {name: torch.from_numpy(np.array(value)) for name, value in parameters.items()}
 
 
-def _arrays(tensors: Tensors) -> dict[str, optserve.Array]:
+def _arrays(tensors: Tensors) -> dict[str, Array]:
     return {name: tensor.numpy() for name, tensor in tensors.items()}

@@ -61,8 +61,10 @@ def _repeats(seed: int) -> bool:
 
 def _is_caught(name: str, seed: int) -> bool:
     """Return whether a planted bug is found within some seeds."""
-    with PLANTED[name]():
-        return any(not simulate(seed + each).ok for each in range(_PLANTED_SEEDS_MAX))
+    bug = PLANTED[name]
+    with bug.plant():
+        seeds = range(seed, seed + _PLANTED_SEEDS_MAX)
+        return any(not simulate(each, bug.promises).ok for each in seeds)
 
 
 def _story(outcome: Outcome) -> str:

@@ -20,11 +20,11 @@ MACHINES = (
     ),
     Machine(
         name="simulation",
-        summary="clients, connections and threads of chance around the core, in one thread",
+        summary="clients, connections, threads, disks and crashes of chance, in one thread",
         unit="seeds",
         whole_count=10_000,
-        whole_s=250,
-        test_count=120,
+        whole_s=500,
+        test_count=40,
         run=run_seeds,
     ),
     Machine(

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from contextvars import Context
 from random import Random
 from typing import Any, TypeVar
 
-_T = TypeVar("_T")
+from faults.disks import CrashError
 
-_THREAD_TURN_S = 0.002  # On the mean, until a thread has done what it was given.
+_T = TypeVar("_T")
 
 
 class Clockwork(asyncio.BaseEventLoop):
@@ -33,6 +34,12 @@ class Clockwork(asyncio.BaseEventLoop):
         """Return how much time has passed, in seconds."""
         return self._now_s
 
+    def forget(self, is_gone: Callable[[Context], bool]) -> None:
+        """Let nothing happen that was to happen in a context that is gone."""
+        for handle in [*self._ready, *self._scheduled]:  # type: ignore[attr-defined] # asyncio's.
+            if is_gone(handle._context):
+                handle.cancel()
+
     def select(self, timeout: float | None) -> list[Any]:
         """Let time pass until the next timer."""
         assert timeout is not None, "nothing is left that could ever happen"
@@ -46,29 +53,61 @@ class Clockwork(asyncio.BaseEventLoop):
         """Nobody has to be woken: there are no other threads."""
 
     def _take_fault(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        self.faults.append(f"{context.get('message')}: {context.get('exception')!r}")
+        error = context.get("exception")
+        if not isinstance(error, CrashError):
+            self.faults.append(f"{context.get('message')}: {error!r}")
 
 
 class LateThreads(Executor):
     """A pool of threads: what it is given is done later, at once, and in an order of chance."""
 
-    def __init__(self, loop: Clockwork, random: Random) -> None:
+    def __init__(
+        self, loop: Clockwork, random: Random, crashed: Callable[[], None], *, turn_s: float
+    ) -> None:
+        """Do it on ``loop``.
+
+        Args:
+            loop: Where everything happens.
+            random: Decides when.
+            crashed: Called if the process ends by what is done.
+            turn_s: How long it takes, on the mean.
+        """
+        self._turn_s = turn_s
         self._loop = loop
         self._random = random
-        self.stopped = False
-        """Whether the process is gone, with all that it had begun."""
+        self._crashed = crashed
+        self._waiting: set[Future[Any]] = set()
+        self._stopped = False
 
     def submit(self, fn: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
         """Run ``fn`` later."""
         done: Future[_T] = Future()
-        delay_s = self._random.expovariate(1 / _THREAD_TURN_S)
+        if self._stopped:
+            done.set_exception(CrashError())
+            return done
+        self._waiting.add(done)
+        delay_s = self._random.expovariate(1 / self._turn_s)
         self._loop.call_later(delay_s, self._run, done, fn, args, kwargs)
         return done
 
+    def stop(self) -> None:
+        """End with the process: nothing is done any more."""
+        self._stopped = True
+        for done in self._waiting:
+            if done.set_running_or_notify_cancel():
+                done.set_exception(CrashError())
+        self._waiting.clear()
+
     def _run(self, done: Future[Any], fn: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        if self.stopped or not done.set_running_or_notify_cancel():
+        if self._stopped:
+            return
+        self._waiting.discard(done)
+        if not done.set_running_or_notify_cancel():
             return
         try:
             done.set_result(fn(*args, **kwargs))
+        except CrashError as error:
+            self._crashed()
+            done.set_exception(error)
         except BaseException as error:  # noqa: BLE001 - As of any executor.
             done.set_exception(error)

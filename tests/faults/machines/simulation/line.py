@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextvars import Context, copy_context
 from random import Random
 from typing import Any
 
@@ -81,7 +82,11 @@ class Line:
     """One call, as both of its ends have it."""
 
     def __init__(
-        self, loop: Clockwork, random: Random, fault: Callable[[str], None], peer: str
+        self,
+        loop: Clockwork,
+        random: Random,
+        fault: Callable[[str, BaseException | None], None],
+        peer: str,
     ) -> None:
         """Connect.
 
@@ -97,12 +102,18 @@ class Line:
         self._peer = peer
         self._upward, self._downward = _Pipe(loop, random), _Pipe(loop, random)
         self._serving: asyncio.Task[None] | None = None
+        self._killed = False
+        self._context = copy_context()
 
     # The client's end.
 
-    def begin(self, method: Method, *, streams: bool) -> asyncio.Task[None]:
-        """Have the server serve the call; a method that takes one message gets it when it comes."""
-        self._serving = self._loop.create_task(self._serve(method, streams=streams))
+    def begin(self, method: Method, context: Context, *, streams: bool) -> asyncio.Task[None]:
+        """Have the server serve the call, in its context.
+
+        A method that takes one message gets it when it comes.
+        """
+        serving = self._serve(method, streams=streams)
+        self._serving = self._loop.create_task(serving, context=context)
         return self._serving
 
     def send(self, message: Any) -> None:
@@ -129,6 +140,11 @@ class Line:
             raise RefusedError.from_error(message.refusal)
         return None
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether nothing arrives any more."""
+        return self._upward.cut
+
     def break_later(self, mean_s: float) -> None:
         """Break the connection at some moment from now on, if the call is not over then."""
         self._loop.call_later(self._random.expovariate(1 / mean_s), self.break_now)
@@ -138,8 +154,11 @@ class Line:
         if self._upward.cut:
             return
         self._upward.cut = self._downward.cut = True
-        self._loop.call_later(self._notice_s(), self._downward.insert, LostError())
-        self._loop.call_later(self._notice_s(), self._cancel)
+        # The client's context: the server may be gone by then, with all that it had planned.
+        self._loop.call_later(
+            self._notice_s(), self._downward.insert, LostError(), context=self._context
+        )
+        self._loop.call_later(self._notice_s(), self._cancel, context=self._context)
 
     def _notice_s(self) -> float:
         told = self._random.random() < 0.7
@@ -172,6 +191,7 @@ class Line:
 
     def kill(self) -> None:
         """End with the server's process, which does not wait for anybody."""
+        self._killed = True
         self.break_now()
         self._cancel()
 
@@ -189,11 +209,12 @@ class Line:
         except OptserveError as error:
             refusal = error
         except asyncio.CancelledError:
-            if not self._upward.cut:
-                self._fault("a call was cancelled that nobody has broken off")
+            if not (self._upward.cut or self._killed):
+                self._fault("a call was cancelled that nobody has broken off", None)
             return
-        except Exception as error:  # noqa: BLE001 - INTERNAL: what no client may ever see.
-            self._fault(f"internal error: {error!r}")
+        except BaseException as error:  # noqa: BLE001 - INTERNAL: what no client may ever see.
+            if not self._killed:
+                self._fault("internal error", error)
             self.break_now()
             return
         self._downward.send(_End(refusal))

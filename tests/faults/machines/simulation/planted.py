@@ -6,15 +6,22 @@ Each takes the place of something that the server does right, for as long as a b
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
+from faults.disks import MemoryDisk
+from faults.machines.simulation.scene import Promise
 from torch import Tensor
 
-from optserve_server.core import rounds, session
+from optserve_server.core import changes, durability, rounds, session
+from optserve_server.core.changes import Change
 from optserve_server.core.creations import CreationRequest, Creations
 from optserve_server.core.device import Device
+from optserve_server.core.durability import Archive
 from optserve_server.core.errors import RoundTimeoutError
 from optserve_server.core.outcome import StepOutcome
 from optserve_server.core.registry import SessionRegistry
@@ -22,6 +29,14 @@ from optserve_server.core.round import Contribution, Round
 from optserve_server.core.rounds import Rounds
 from optserve_server.core.seats import Seats
 from optserve_server.core.session import Session
+from optserve_server.core.state import SessionState
+from optserve_server.core.storage import Loaded, Record, Snapshot
+from optserve_server.storage.commits import Commits, Committing
+from optserve_server.storage.store import LocalSessionStore
+
+_DISK = (Promise.SNAPSHOT, Promise.JOURNAL, Promise.FSYNC)
+_RECORDS = (Promise.JOURNAL, Promise.FSYNC)
+_POWER = (Promise.FSYNC,)
 
 
 def _forget_the_digest() -> AbstractContextManager[object]:
@@ -121,16 +136,129 @@ def _keep_the_memory() -> AbstractContextManager[object]:
     return patch.object(SessionRegistry, "_release", lambda _self, _tenant, _count: None)
 
 
-PLANTED: Mapping[str, Callable[[], AbstractContextManager[object]]] = {
-    "forget the digest": _forget_the_digest,
-    "do not keep the digest": _do_not_keep_the_digest,
-    "apply a repeat": _apply_a_repeat,
-    "forget who waits": _forget_who_waits,
-    "drop what timed out": _drop_what_timed_out,
-    "add in another order": _add_in_another_order,
-    "apply what is not finite": _apply_what_is_not_finite,
-    "share a seat": _share_a_seat,
-    "make a session for each request": _make_a_session_for_each_request,
-    "keep the memory": _keep_the_memory,
+def _skip_the_fsync() -> AbstractContextManager[object]:
+    """Say that what was appended is on stable storage, and let the system decide when it is."""
+
+    def submit(_self: Commits, _journal: Committing) -> Future[None]:
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    return patch.object(Commits, "submit", submit)
+
+
+def _acknowledge_before_the_write() -> AbstractContextManager[object]:
+    """Write a change down when the next one comes."""
+    right, held = Archive.record, WeakKeyDictionary[Archive, tuple[Change, int]]()
+
+    def record(self: Archive, change: Change, sequence: int) -> None:
+        before = held.get(self)
+        held[self] = (change, sequence)
+        if before:
+            right(self, *before)
+
+    return patch.object(Archive, "record", record)
+
+
+def _acknowledge_before_the_sync() -> AbstractContextManager[object]:
+    """Answer while the disk is still busy."""
+    right = Archive.record
+
+    def record(self: Archive, change: Change, sequence: int) -> None:
+        right(self, change, sequence)
+        self._syncing = None
+
+    return patch.object(Archive, "record", record)
+
+
+def _leave_names_unsynced() -> AbstractContextManager[object]:
+    """Do not sync directories."""
+    return patch.object(MemoryDisk, "sync_directory", lambda _self, _path: None)
+
+
+def _prune_too_early() -> AbstractContextManager[object]:
+    """Remove the journal that a snapshot makes good before the snapshot is there."""
+    right = LocalSessionStore.save_snapshot
+
+    def save_snapshot(self: LocalSessionStore, snapshot: Snapshot) -> None:
+        self._journal.prune(after=snapshot.sequence)
+        right(self, snapshot)
+
+    return patch.object(LocalSessionStore, "save_snapshot", save_snapshot)
+
+
+def _forget_digests_on_disk() -> AbstractContextManager[object]:
+    """Write a step down without what identifies it."""
+    right = changes.to_record
+
+    def to_record(change: Change, sequence: int, time_s: float) -> Record:
+        record = right(change, sequence, time_s)
+        if "digests" not in record.facts:
+            return record
+        count = len(record.facts["digests"])  # type: ignore[arg-type] # A list.
+        return replace(record, facts={**record.facts, "digests": [""] * count})
+
+    return patch.object(durability, "to_record", to_record)
+
+
+def _forget_momenta_on_disk() -> AbstractContextManager[object]:
+    """Leave what the optimizer keeps out of snapshots."""
+    right = Session.capture
+
+    def capture(self: Session, **arguments: bool) -> SessionState:
+        return replace(right(self, **arguments), optimizer_state={})
+
+    return patch.object(Session, "capture", capture)
+
+
+def _replay_less() -> AbstractContextManager[object]:
+    """Leave out the last record at a restart."""
+    right = LocalSessionStore.load
+
+    def load(self: LocalSessionStore) -> Loaded:
+        loaded = right(self)
+        return replace(loaded, records=iter(list(loaded.records)[:-1]))
+
+    return patch.object(LocalSessionStore, "load", load)
+
+
+def _lose_more_than_agreed() -> AbstractContextManager[object]:
+    """Go on stepping, however late a snapshot is."""
+
+    async def admit(_self: Archive) -> None:
+        """Wait for nothing."""
+
+    return patch.object(Archive, "admit", admit)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bug:
+    """A bug to plant."""
+
+    plant: Callable[[], AbstractContextManager[object]]
+    promises: Sequence[Promise] = tuple(Promise)
+    """Which promises it breaks."""
+
+
+PLANTED: Mapping[str, Bug] = {
+    "forget the digest": Bug(plant=_forget_the_digest),
+    "do not keep the digest": Bug(plant=_do_not_keep_the_digest),
+    "apply a repeat": Bug(plant=_apply_a_repeat),
+    "forget who waits": Bug(plant=_forget_who_waits),
+    "drop what timed out": Bug(plant=_drop_what_timed_out),
+    "add in another order": Bug(plant=_add_in_another_order),
+    "apply what is not finite": Bug(plant=_apply_what_is_not_finite),
+    "share a seat": Bug(plant=_share_a_seat),
+    "make a session for each request": Bug(plant=_make_a_session_for_each_request),
+    "keep the memory": Bug(plant=_keep_the_memory),
+    "skip the fsync": Bug(plant=_skip_the_fsync, promises=_POWER),
+    "acknowledge before the write": Bug(plant=_acknowledge_before_the_write, promises=_RECORDS),
+    "acknowledge before the sync": Bug(plant=_acknowledge_before_the_sync, promises=_POWER),
+    "leave names unsynced": Bug(plant=_leave_names_unsynced, promises=_POWER),
+    "prune too early": Bug(plant=_prune_too_early, promises=_RECORDS),
+    "forget digests on disk": Bug(plant=_forget_digests_on_disk, promises=_RECORDS),
+    "forget momenta on disk": Bug(plant=_forget_momenta_on_disk, promises=_DISK),
+    "replay less": Bug(plant=_replay_less, promises=_RECORDS),
+    "lose more than agreed": Bug(plant=_lose_more_than_agreed, promises=[Promise.SNAPSHOT]),
 }
 """By what they do wrong."""

@@ -18,13 +18,12 @@ from messages import tensors_of
 from refusals import RefusedError
 
 from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.session_pb2 import SessionStatus
 
 _BACKOFF_S = 0.2  # On the mean.
+_LOOK_S = 3.0
 _CLIENT_ID_BYTES = 16
 _DIGEST_BYTES = 8
-
-# What a worker may hear that has done nothing wrong: it comes again.
-_LATER = {"WORKER_BUSY", "SEAT_TAKEN_OVER", "STALLED", "ROUND_TIMEOUT", "DRAINING"}
 
 
 class UnexpectedError(Exception):
@@ -49,12 +48,23 @@ class Worker:
         """The last step that it was answered for, and with what content."""
         self._knows = True
         """Whether it knows where it stands: not after it has forgotten everything."""
+        self._sure = not scene.training.rollback_max
+        """Whether the session cannot have gone back meanwhile."""
 
     async def train(self) -> None:
-        """Take all steps, whatever comes between."""
-        while not self._knows or self._step <= self._scene.steps:
+        """Take all steps, whatever comes between.
+
+        Where steps may be lost, look from time to time whether the others still need us.
+        """
+        scene = self._scene
+        while not scene.is_over:
+            if self._knows and self._step > scene.steps:
+                scene.done.add(self._number)
+                if self._sure:
+                    return
+                await asyncio.sleep(_LOOK_S)
             try:
-                if self._knows and self._random.random() < 0.15:
+                if self._sure and self._random.random() < 0.15:
                     await self._step_unary()
                 else:
                     await self._stream()
@@ -62,7 +72,7 @@ class Worker:
                 self._note("lost the connection")
             except RefusedError as error:
                 self._note(f"refused: {error.reason}")
-                self._expect(error.reason in _LATER, f"refused: {error}")
+                self._expect(error.reason in self._scene.tolerated, f"refused: {error}")
             if self._random.random() < 0.1:
                 self._forget()
             await asyncio.sleep(self._random.expovariate(1 / _BACKOFF_S))
@@ -71,7 +81,7 @@ class Worker:
         """Become another client of the same worker."""
         self._note("forgets everything")
         self._client_id = self._random.randbytes(_CLIENT_ID_BYTES)
-        self._digest, self._last, self._knows = b"", None, False
+        self._digest, self._last, self._knows, self._sure = b"", None, False, False
 
     async def _stream(self) -> None:
         """Take steps on a stream until all are done, or something happens."""
@@ -83,8 +93,9 @@ class Worker:
             line.send(pb.TrainRequest(open=opening))
             response = await self._receive(line)
             opened = response.opened
+            self._look_at(opened.status)
             self._learn(opened.contribution if opened.HasField("contribution") else None)
-            while self._step <= scene.steps:
+            while self._step <= scene.steps and not scene.is_over:
                 if not self._digest and self._random.random() < 0.3:
                     await self._do_wrong(line)
                 await self._take_step(line)
@@ -114,8 +125,18 @@ class Worker:
         elif not self._knows or made != self._step - 1:
             self._log(Saw.TOLD, made)
             self._last = None
+            self._scene.done.discard(self._number)
             self._step, self._digest = made + 1, digest if waits else b""
         self._knows, self._waits = True, waits
+        self._sure = not self._scene.training.rollback_max
+
+    def _look_at(self, status: SessionStatus) -> None:
+        """Look whether no more can be lost than was agreed."""
+        if self._scene.setting.is_durable:
+            risk = status.steps - status.durable_steps
+            self._expect(
+                0 <= risk <= self._scene.training.rollback_max, f"{risk} steps are in memory only"
+            )
 
     async def _take_step(self, line: Line) -> None:
         """Take the next step, as often as it takes."""
@@ -129,8 +150,10 @@ class Worker:
                 await self._send_and_hear(line, step, self._digest)
             except RefusedError as error:
                 self._note(f"step {step} refused: {error.reason}")
-                self._expect(error.reason == "ROUND_TIMEOUT", f"step {step} refused: {error}")
-                self._waits = True
+                if error.reason not in {"ROUND_TIMEOUT", "STORAGE_FULL"}:
+                    raise
+                self._expect(error.reason in self._scene.tolerated, f"refused: {error}")
+                self._waits = error.reason == "ROUND_TIMEOUT"
                 await asyncio.sleep(self._random.expovariate(1 / _BACKOFF_S))
                 continue
             self._last = (step, self._digest)
@@ -202,6 +225,8 @@ class Worker:
         try:
             result, _ = await answer_of(self._scene.training.initial, line.receive)
         except RefusedError as error:
+            if error.reason == "SESSION_FAILED":
+                raise
             self._expect(error.reason == reason, f"{error} in the place of {reason}")
         else:
             raise UnexpectedError(f"worker {self._number}: {reason} expected, and {result} came")

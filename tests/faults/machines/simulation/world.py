@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from faults.machines.history import Tensors, Verdict, judge
-from faults.machines.simulation.clockwork import Clockwork, LateThreads
+from faults.machines.history import Entry, Saw, Tensors, Verdict, judge
+from faults.machines.simulation.clockwork import Clockwork
+from faults.machines.simulation.host import Host
 from faults.machines.simulation.line import LostError
-from faults.machines.simulation.scene import Scene
+from faults.machines.simulation.scene import Promise, Scene
 from faults.machines.simulation.steps import gathered, named
 from faults.machines.simulation.worker import Worker
 from messages import messages_of
@@ -21,14 +23,9 @@ from refusals import RefusedError
 from scenarios.models import spec
 
 from optserve.v1 import optimizer_service_pb2 as pb
-from optserve_server.core.device import Device
-from optserve_server.core.events import NullObserver
-from optserve_server.core.limits import Limits
-from optserve_server.core.registry import SessionRegistry
-from optserve_server.core.surroundings import Surroundings
-from optserve_server.rpc.servicer import OptimizerServicer
 
-_END_S = 36_000.0  # Of simulated time: whoever is not done by then waits for ever.
+_LATER_S = 0.3
+_END_S = 3_600.0  # Of simulated time: whoever is not done by then waits for ever.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,15 +43,15 @@ class Outcome:
         return self.verdict.ok and not self.failures
 
 
-def simulate(seed: int) -> Outcome:
-    """Run one seed."""
+def simulate(seed: int, promises: Sequence[Promise] = tuple(Promise)) -> Outcome:
+    """Run one seed, with a session that is made one of the promises."""
     loop = Clockwork()
     asyncio.set_event_loop(loop)
-    scene = Scene(seed, loop)
+    scene = Scene(seed, loop, promises)
     world = _World(scene)
     failures: list[str] = []
     try:
-        with _seeded_secrets(scene):
+        with _seeded_secrets(scene), _silence(), world.host.late_commits():
             loop.run_until_complete(asyncio.wait_for(world.run(), _END_S))
     except TimeoutError:
         failures.append("somebody waits for ever")
@@ -77,35 +74,26 @@ class _World:
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
         self._random = scene.random("world")
+        self.host = Host(scene)
         self.verdict = Verdict()
 
     async def run(self) -> None:
         """Train a session to its end, and look at what has come of it."""
-        self._start()
         scene = self._scene
+        running = asyncio.create_task(self.host.run())
         await self._create()
         async with asyncio.TaskGroup() as group:
             for number in range(scene.training.workers):
                 group.create_task(Worker(scene, number).train())
         steps, parameters = await self._download()
+        if scene.training.rollback_max:  # It may have gone back once more: now they know.
+            scene.log += [
+                Entry(worker=number, saw=Saw.TOLD, step=steps)
+                for number in range(scene.training.workers)
+            ]
         self.verdict = judge(scene.log, scene.training, steps, parameters)
         await self._delete()
-
-    def _start(self) -> None:
-        """Start a server."""
-        scene = self._scene
-        self._threads = LateThreads(scene.loop, scene.random("threads"))
-        surroundings = Surroundings(
-            device=Device("cpu"),
-            executor=self._threads,
-            clock=scene.loop.time,
-            monotonic=scene.loop.time,
-            observer=NullObserver(),
-            shared_memory=False,
-        )
-        self._registry = SessionRegistry(Limits(), surroundings)
-        servicer = OptimizerServicer(self._registry)
-        scene.methods = lambda name: getattr(servicer, name)
+        running.cancel()
 
     async def _create(self) -> None:
         """Create the session, as often as it takes: one request, one session."""
@@ -119,6 +107,7 @@ class _World:
             values=messages_of(scene.training.initial),
             request_id="the one",
         )
+        request.spec.durability.CopyFrom(scene.setting.durability)
         request.spec.limits.round_timeout_s = scene.setting.round_timeout_s
         response = await self._reliably("CreateSession", request)
         scene.session_id = response.session.status.session_id
@@ -140,6 +129,9 @@ class _World:
                     chunks += message
             except LostError:
                 continue
+            except RefusedError as error:
+                await self._bear(error)
+                continue
             finally:
                 line.break_now()
             return begin.steps, named(self._scene.training.initial, gathered(chunks))
@@ -152,8 +144,10 @@ class _World:
         except RefusedError as error:
             if error.reason != "SESSION_NOT_FOUND":  # Then an answer was lost before.
                 raise
-        await asyncio.gather(*self._scene.serving)  # Some have not noticed that nobody is there.
-        left = self._registry.budget.reserved_bytes
+        # Some calls have not noticed that nobody is there; a server that has just come will.
+        while self._scene.serving:
+            await asyncio.wait(self._scene.serving)
+        left = self.host.registry.budget.reserved_bytes
         assert left == 0, f"{left} bytes are reserved for nobody"
 
     async def _reliably(self, method: str, request: Any) -> Any:
@@ -165,10 +159,20 @@ class _World:
                 response = await line.receive()
             except LostError:
                 continue
+            except RefusedError as error:
+                await self._bear(error)
+                continue
             finally:
                 line.break_now()
             assert response is not None, f"{method} has not answered"
             return response
+
+    async def _bear(self, error: RefusedError) -> None:
+        """Come again later, unless the refusal is one that must not be."""
+        if error.reason not in self._scene.tolerated:
+            raise error
+        self._scene.note(f"refused: {error.reason}")
+        await asyncio.sleep(_LATER_S)
 
 
 @contextmanager
@@ -187,6 +191,18 @@ def _seeded_secrets(scene: Scene) -> Iterator[None]:
         patch.object(secrets, "token_hex", token_hex),
     ):
         yield
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Let the server's log say nothing of disks that fail."""
+    logger = logging.getLogger("optserve_server")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _wind_down(loop: Clockwork) -> None:
