@@ -20,6 +20,7 @@ from optserve.v1.optimizer_pb2 import SGD
 from optserve.v1.scheduler_pb2 import LambdaLR, MultiStepLR
 from optserve.v1.session_pb2 import Split
 from optserve_server.config import Config
+from optserve_server.core.admission import Spare
 from optserve_server.core.limits import Limits
 
 Act = Callable[[Ground], object]
@@ -232,6 +233,32 @@ def test_memory_is_given_back_with_the_session() -> None:
         assert reserved == session.status.reserved_bytes > 0
         where.driver.delete(session.status.session_id)
         assert where.look() == before
+
+
+def test_a_session_that_takes_all_the_memory_can_be_given_its_values() -> None:
+    values = {"w": LARGE, "b": LARGE}
+    wanted = spec(SGD(lr=1), parameters=values)
+    with ground() as asked:
+        enough = asked.look().reserved_bytes + asked.driver.create(wanted).status.reserved_bytes
+    with ground(Limits(memory_bytes_max=enough)) as where:
+        session_id = where.driver.create(wanted).status.session_id
+        # In the room of its gradients, of which none can come yet.
+        for name, value in values.items():
+            where.driver.upload(session_id, {name: value})
+        with where.driver.worker(session_id) as worker:
+            take(worker, 1, values)
+        with Mistakes(where).refused("MEMORY_EXHAUSTED", "begin.parameters"):
+            where.driver.upload(session_id, values)
+
+
+def test_only_one_upload_at_a_time_has_the_room_of_the_gradients() -> None:
+    spare = Spare()
+    with spare.lent(idle=True) as first, spare.lent(idle=True) as second:
+        assert (first, second) == (True, False)
+    with spare.lent(idle=False) as not_idle:
+        assert not not_idle
+    with spare.lent(idle=True) as again:
+        assert again
 
 
 def test_a_momentum_that_no_memory_is_left_for_is_refused() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from optserve_server.core.admission import Spare
 from optserve_server.core.catalogue import catalogue_facts
 from optserve_server.core.creations import CreationRequest
 from optserve_server.core.durability import Archive
@@ -83,6 +84,8 @@ class SessionActor:
         self._seats = Seats(session.spec.workers)
         self._shared: dict[int, SharedMemory] = {}
         self._uses = 0
+        self.spare = Spare()
+        """The room of the gradients; idle until every parameter has a value."""
         self._readers: set[asyncio.Task[Any]] = set()
         self.request: CreationRequest | None = None
         """What has made the session, to be kept with it."""
@@ -318,6 +321,11 @@ class SessionActor:
             await self.archive.make(change)
         else:
             change()
+
+    @property
+    def awaits_values(self) -> bool:
+        """Whether no gradient can come yet, and none has a place already."""
+        return not (self.view.ready or self._shared)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

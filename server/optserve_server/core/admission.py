@@ -85,6 +85,23 @@ def _temporary_bytes(
     return max(norm_bytes, update_bytes)
 
 
+class Spare:
+    """Memory that is reserved and lies idle, for one to have at a time."""
+
+    def __init__(self) -> None:
+        self._lent = False
+
+    @contextmanager
+    def lent(self, *, idle: bool) -> Iterator[bool]:
+        """Have it for a block, if it lies idle and nobody has it; yields whether that is so."""
+        lends = idle and not self._lent
+        self._lent |= lends
+        try:
+            yield lends
+        finally:
+            self._lent &= not lends
+
+
 class Budget:
     """How much memory is promised to whom."""
 

@@ -41,8 +41,13 @@ async def upload(
         )
     positions = actor.positions.of(specs, "begin.parameters")
     count = sum(spec.byte_count for spec in specs)
-    reserved = transfer_bytes(specs)
-    with registry.budget.reserved(reserved, what="the upload", field="begin.parameters"):
+    with (
+        # Or sessions that fill the memory would wait for ever for each other's uploads.
+        actor.spare.lent(idle=actor.awaits_values) as lent,
+        registry.budget.reserved(
+            0 if lent else transfer_bytes(specs), what="the upload", field="begin.parameters"
+        ),
+    ):
         values = [registry.surroundings.device.staging(spec) for spec in specs]
         targets = transfer.buffers(values)
         receiver = transfer.Receiver(targets, "begin.parameters[{}]".format, limits)
