@@ -146,6 +146,28 @@ def test_damaged_snapshot_is_replaced_by_the_one_before_and_the_journal(name: st
     assert restored(disk) == (9, 9)
 
 
+def test_journal_from_the_previous_snapshot_on_is_kept_though_it_has_many_segments() -> None:
+    disk = MemoryDisk(Random(0))
+    store = begun(stored(disk, segment_bytes_max=2500))
+    append(store, 12)
+    store.save_snapshot(snapshot_of(3))
+    store.save_snapshot(snapshot_of(9))
+    store.close()
+    disk.restart()
+    disk.damage(f"{DIRECTORY}/snapshot-{9:020d}/manifest.json", 60)
+    assert restored(disk) == (3, 12)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_was_loaded_after_a_kill_survives_a_power_loss(seed: int) -> None:
+    disk = MemoryDisk(Random(seed))
+    append(begun(stored(disk)), 2)  # Neither the records nor the segment's name are synced.
+    disk.restart()
+    assert load(stored(disk).open(SESSION)) == (0, 2)
+    disk.lose_power()
+    assert restored(disk) == (0, 2)
+
+
 def test_session_whose_snapshots_are_all_damaged_is_refused() -> None:
     disk = disk_with(records=3, snapshots=(2,))
     for number in (0, 2):

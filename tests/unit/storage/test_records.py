@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from unit.storage.sessions import ORIGIN, assert_same_record, assert_same_tensor, record_of
 
+from optserve_server.core.safetensors import decode_tensors, encode_tensors
 from optserve_server.core.storage import (
     DamagedError,
     Json,
@@ -24,7 +25,6 @@ from optserve_server.core.storage import (
 )
 from optserve_server.storage.document import decode_document, encode_document
 from optserve_server.storage.reader import BytesSource, read_segment
-from optserve_server.storage.safetensors import decode_tensors, encode_tensors
 from optserve_server.storage.segment import (
     HEAD_BYTES,
     Header,
@@ -62,7 +62,7 @@ def read(data: bytes) -> list[Record]:
     return records
 
 
-@pytest.mark.parametrize("dtype", [dtype for *_, dtype in DTYPES], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [dtype for _, dtype in DTYPES], ids=lambda dtype: str(dtype)[6:])
 def test_tensor_of_any_type_and_shape_comes_back(dtype: torch.dtype) -> None:
     tensors = []
     for position, shape in enumerate(SHAPES):
@@ -158,7 +158,7 @@ def test_no_forged_record_crashes_the_reader(changes: list[tuple[int, int]]) -> 
 
 
 def test_snapshot_is_a_safetensors_file() -> None:
-    tensors = {f"tensor {number}": torch.ones(3, 2).to(dtype) for number, _, dtype in DTYPES}
+    tensors = {f"tensor {number}": torch.ones(3, 2).to(dtype) for number, dtype in DTYPES}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 7), "ä": torch.zeros(1)}
     data = b"".join(encode_tensors(tensors))
     theirs = safetensors.torch.load(data)
