@@ -101,13 +101,15 @@ def examine(runner: Runner, scenarios: Sequence[Path], address: str) -> Report:
     for path in (path for path in scenarios if cuts[path]):
         with cut_wire(address, cuts[path]) as wire:
             report = _sit(runner, [path], wire.address)
-        if wire.ahead and not report.failures.get(path.stem):
+        if wire.ahead and report.failures.get(path.stem, "unreported") is None:
             done = len(cuts[path]) - len(wire.ahead)
             problem = f"the connection was cut {done} times, and not {len(cuts[path])}"
             report = replace(report, failures={path.stem: problem})
         reports.append(report)
     failures = {name: each for report in reports for name, each in report.failures.items()}
     troubles = [report.trouble for report in reports if report.trouble]
+    if missing := [path.stem for path in scenarios if path.stem not in failures]:
+        troubles.append(f"it did not report {', '.join(missing)}")
     return Report(failures=failures, trouble="; ".join(troubles) or None)
 
 
@@ -126,11 +128,7 @@ def _sit(runner: Runner, scenarios: Sequence[Path], address: str) -> Report:
         return Report(trouble=f"it did not end within {_EXAM_TIMEOUT_S} s")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     failures = {line["scenario"]: _problem(line["failure"]) for line in lines}
-    missing = [path.stem for path in scenarios if path.stem not in failures]
-    failed = any(failures.values())
-    if missing:
-        return Report(failures=failures, trouble=f"it did not report {', '.join(missing)}")
-    if done.returncode != failed:
+    if done.returncode != any(failures.values()):
         return Report(failures=failures, trouble=f"its exit code was {done.returncode}")
     return Report(failures=failures)
 
