@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 import platform
 import re
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Protocol
 
 from optserve_server.core.storage import StorageBusyError, StorageFailedError, StorageFullError
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,9 +321,13 @@ class LocalDisk:
     def sync_files(self, files: Sequence[File]) -> Mapping[File, OSError]:
         """See Disk."""
         together = len(files) > _APART_MAX
-        if together and self._syncfs is not None and self._syncfs(self._directory) == 0:
-            return {}
-        # If that failed, it may have been anybody's write: each file knows of its own.
+        if together and self._syncfs is not None:
+            if self._syncfs(self._directory) == 0:
+                return {}
+            # It may have been anybody's write. That is told once, to us, and never to the group
+            # that file is in: from now on each file is asked, for each knows of its own.
+            _logger.error("the file system cannot write; files are synced one by one from now on")
+            self._syncfs = None
         if not together:
             errors = [_sync_error(file) for file in files]
         else:

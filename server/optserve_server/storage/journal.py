@@ -154,8 +154,8 @@ class Journal:
                 self._failure = error
                 return
             self._durable = max(self._durable, synced.sequence)
-            if synced.directory is not None:
-                self._names_unsynced = False
+            if synced.directory is not None and self._file in synced.files:
+                self._names_unsynced = False  # Else there is a newer name, which came too late.
             self._unsynced = [file for file in self._unsynced if file not in synced.sealed]
         for file in synced.sealed:
             file.close()

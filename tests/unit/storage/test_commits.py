@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
 import pytest
 from faults.disks import MemoryDisk
-from unit.storage.sessions import ORIGIN, append, begun, load
+from unit.storage.sessions import ORIGIN, append, begun, load, restored
 
 from optserve_server.core.storage import StorageFailedError
 from optserve_server.storage.disk import File, LocalDisk
@@ -37,6 +37,19 @@ class SlowDisk(MemoryDisk):
         if self.fault is not None:
             raise self.fault
         return super().sync_files(files)
+
+
+class LateDisk(MemoryDisk):
+    """Has something happen once, right after names were synced."""
+
+    after_names: Callable[[], None] | None = None
+
+    def sync_directory(self, path: str) -> None:
+        """See Disk."""
+        super().sync_directory(path)
+        after, self.after_names = self.after_names, None
+        if after is not None:
+            after()
 
 
 @pytest.fixture
@@ -94,6 +107,19 @@ def test_failed_sync_is_told_to_those_whose_it_was(disk: SlowDisk) -> None:
     with pytest.raises(StorageFailedError, match="sessions/a: Input/output error"):
         bad.result(timeout=30)
     good.result(timeout=30)
+
+
+def test_segment_that_begins_under_a_commit_is_there_after_a_power_loss() -> None:
+    disk = LateDisk()
+    storage = LocalStorage(disk, ORIGIN, segment_bytes_max=1)  # One for each record.
+    store = begun(storage)
+    append(store, 1)
+    disk.after_names = lambda: append(store, 1)
+    for _ in range(2):
+        store.commit().result(timeout=30)
+    assert store.durable_sequence == 2
+    disk.lose_power()
+    assert restored(disk) == (0, 2)
 
 
 def test_fault_of_ours_leaves_nobody_waiting(disk: SlowDisk) -> None:

@@ -132,6 +132,20 @@ def test_files_are_synced_apart_or_together(tmp_path: Path, count: int, has_sync
         file.close()
 
 
+def test_write_that_failed_under_others_sync_fails_its_own(tmp_path: Path) -> None:
+    disk = LocalDisk(tmp_path)
+    answers = iter([-1])  # As the system does: told once, to whoever asks first.
+    disk._syncfs = lambda _: next(answers, 0)  # type: ignore[assignment]
+    files = [disk.create(f"{number}") for number in range(4)]
+    source, target = os.pipe()  # What cannot be synced.
+    os.close(target)
+    broken = LocalFile("broken", source)
+    assert disk.sync_files(files) == {}
+    assert list(disk.sync_files([broken, *files])) == [broken]
+    for file in (*files, broken):
+        file.close()
+
+
 def test_missing_file_is_a_failure_that_names_it(tmp_path: Path) -> None:
     with (
         pytest.raises(StorageFailedError, match="some/file: No such file"),
