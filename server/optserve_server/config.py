@@ -189,6 +189,8 @@ class Config(BaseSettings):
     """How many numbers, names and operations an expression may hold."""
     loss_points_max: Count = _LIMITS.loss_points_max
     """How many points of each split a session's history keeps."""
+    checkpoints_max: Count = _LIMITS.checkpoints_max
+    """How many checkpoints a tenant may have."""
     round_timeout_s: Seconds = _LIMITS.round_timeout_s
     """How many seconds a step waits for the other workers."""
     stall_timeout_s: Seconds = _LIMITS.stall_timeout_s

@@ -32,8 +32,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "optserve_server.rpc.issued": ("optserve_server.core", "optserve_server.rpc", "jwt"),
     "optserve_server.storage": (
-        *("optserve_server.core.failpoints", "optserve_server.core.storage"),
-        *("optserve_server.core.tensors", "optserve_server.storage", "torch", "xxhash"),
+        *("optserve_server.core.failpoints", "optserve_server.core.safetensors"),
+        *("optserve_server.core.storage", "optserve_server.core.tensors"),
+        *("optserve_server.storage", "torch", "xxhash"),
     ),
     "optserve_server.storage.remote": ("optserve_server.storage", "fsspec"),
     "optserve_server.telemetry": (

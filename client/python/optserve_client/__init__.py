@@ -34,6 +34,8 @@ from optserve_client._spec import (
 from optserve_client.client import Client, connect
 from optserve_client.config import ClientConfig, Lane, Retry, Tls, Token
 from optserve_client.errors import (
+    CheckpointExistsError,
+    CheckpointNotFoundError,
     ClosedError,
     DataTypeMismatchError,
     DeadlineError,
@@ -94,6 +96,8 @@ __version__ = version("optserve-client")
 
 __all__ = [
     "BF16",
+    "CheckpointExistsError",
+    "CheckpointNotFoundError",
     "Client",
     "ClientConfig",
     "ClosedError",

@@ -167,7 +167,10 @@ class SessionFailedError(SessionError):
 
 
 class SessionDamagedError(SessionError):
-    """What the server has of the session on disk is not what it wrote; it can only be deleted."""
+    """What the server has on disk of the session, or of a checkpoint, is not what it wrote.
+
+    It can only be deleted.
+    """
 
 
 class JournalForeignError(SessionError):
@@ -179,6 +182,14 @@ class JournalForeignError(SessionError):
 
 class NoStorageError(SessionError):
     """The server keeps sessions in memory only, and was asked to keep one on disk."""
+
+
+class CheckpointNotFoundError(SessionError):
+    """There is no such checkpoint."""
+
+
+class CheckpointExistsError(SessionError):
+    """The session has a checkpoint of this name, of another state."""
 
 
 class ParametersNotSetError(SessionError):
@@ -334,6 +345,8 @@ ERROR_BY_REASON: dict[Reason.ValueType, type[OptserveError]] = {
     Reason.REASON_SESSION_DAMAGED: SessionDamagedError,
     Reason.REASON_JOURNAL_FOREIGN: JournalForeignError,
     Reason.REASON_NO_STORAGE: NoStorageError,
+    Reason.REASON_CHECKPOINT_NOT_FOUND: CheckpointNotFoundError,
+    Reason.REASON_CHECKPOINT_EXISTS: CheckpointExistsError,
     Reason.REASON_TOO_MANY: LimitError,
     Reason.REASON_MEMORY_EXHAUSTED: LimitError,
     Reason.REASON_LIMIT_EXCEEDED: LimitError,

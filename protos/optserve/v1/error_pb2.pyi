@@ -105,13 +105,17 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     REASON_SEAT_TAKEN_OVER: _Reason.ValueType  # 45
     """The same client has opened another stream for this worker, which goes on in this one's place (ABORTED)."""
     REASON_SESSION_DAMAGED: _Reason.ValueType  # 36
-    """What is on disk of the session is not what was written there; it can only be deleted (DATA_LOSS)."""
+    """What is on disk of the session, or of the checkpoint, is not what was written there; it can only be deleted (DATA_LOSS)."""
     REASON_JOURNAL_FOREIGN: _Reason.ValueType  # 37
     """The session's journal was written with another version of torch, or on another device, and replaying it might give other
     bits. Nothing is lost: start the server that wrote it, or this one with --replay-foreign-journals (FAILED_PRECONDITION).
     """
     REASON_NO_STORAGE: _Reason.ValueType  # 39
     """The server has no data directory, and keeps sessions in memory only (FAILED_PRECONDITION)."""
+    REASON_CHECKPOINT_NOT_FOUND: _Reason.ValueType  # 42
+    """There is no checkpoint of this name (NOT_FOUND)."""
+    REASON_CHECKPOINT_EXISTS: _Reason.ValueType  # 43
+    """The session has a checkpoint of this name, of another state (ALREADY_EXISTS)."""
     REASON_TOO_MANY: _Reason.ValueType  # 28
     """A limit: do what the message says (RESOURCE_EXHAUSTED).
 
@@ -221,13 +225,17 @@ REASON_REQUEST_CONFLICT: Reason.ValueType  # 35
 REASON_SEAT_TAKEN_OVER: Reason.ValueType  # 45
 """The same client has opened another stream for this worker, which goes on in this one's place (ABORTED)."""
 REASON_SESSION_DAMAGED: Reason.ValueType  # 36
-"""What is on disk of the session is not what was written there; it can only be deleted (DATA_LOSS)."""
+"""What is on disk of the session, or of the checkpoint, is not what was written there; it can only be deleted (DATA_LOSS)."""
 REASON_JOURNAL_FOREIGN: Reason.ValueType  # 37
 """The session's journal was written with another version of torch, or on another device, and replaying it might give other
 bits. Nothing is lost: start the server that wrote it, or this one with --replay-foreign-journals (FAILED_PRECONDITION).
 """
 REASON_NO_STORAGE: Reason.ValueType  # 39
 """The server has no data directory, and keeps sessions in memory only (FAILED_PRECONDITION)."""
+REASON_CHECKPOINT_NOT_FOUND: Reason.ValueType  # 42
+"""There is no checkpoint of this name (NOT_FOUND)."""
+REASON_CHECKPOINT_EXISTS: Reason.ValueType  # 43
+"""The session has a checkpoint of this name, of another state (ALREADY_EXISTS)."""
 REASON_TOO_MANY: Reason.ValueType  # 28
 """A limit: do what the message says (RESOURCE_EXHAUSTED).
 

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from optserve.v1 import checkpoint_pb2 as _checkpoint_pb2
 from optserve.v1 import constraint_pb2 as _constraint_pb2
 from optserve.v1 import error_pb2 as _error_pb2
 from optserve.v1 import loss_pb2 as _loss_pb2
@@ -1590,6 +1591,316 @@ class ListLossPointsResponse(_message.Message):
 Global___ListLossPointsResponse: _TypeAlias = ListLossPointsResponse  # noqa: Y015
 
 @_typing.final
+class SaveCheckpointRequest(_message.Message):
+    """SaveCheckpointRequest names what to save, and as what."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """session_id is required."""
+    name: _builtins.str
+    """name of the checkpoint, which no other of the session's may have. Required; at most Limits.name_bytes_max bytes."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SaveCheckpointRequest: _TypeAlias = SaveCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class SaveCheckpointResponse(_message.Message):
+    """SaveCheckpointResponse carries the checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def checkpoint(self) -> _checkpoint_pb2.Checkpoint:
+        """checkpoint that is on stable storage now."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint: _checkpoint_pb2.Checkpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SaveCheckpointResponse: _TypeAlias = SaveCheckpointResponse  # noqa: Y015
+
+@_typing.final
+class ListCheckpointsRequest(_message.Message):
+    """ListCheckpointsRequest asks for a page of checkpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """session_id that they were saved of. Empty: all of the caller's."""
+    page_size: _builtins.int
+    """page_size is how many to answer with at most. Zero: 100, which is also the most."""
+    page_token: _builtins.str
+    """page_token is next_page_token of the page before. Empty: the first page."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCheckpointsRequest: _TypeAlias = ListCheckpointsRequest  # noqa: Y015
+
+@_typing.final
+class ListCheckpointsResponse(_message.Message):
+    """ListCheckpointsResponse is a page of checkpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """next_page_token of the page after. Empty: this was the last one."""
+    @_builtins.property
+    def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[_checkpoint_pb2.Checkpoint]:
+        """checkpoints of this page."""
+
+    def __init__(
+        self,
+        *,
+        checkpoints: _abc.Iterable[_checkpoint_pb2.Checkpoint] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCheckpointsResponse: _TypeAlias = ListCheckpointsResponse  # noqa: Y015
+
+@_typing.final
+class RestoreCheckpointRequest(_message.Message):
+    """RestoreCheckpointRequest asks for a session that goes on from a checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """session_id that it was saved of, which may be gone. Required."""
+    name: _builtins.str
+    """name of the checkpoint. Required."""
+    request_id: _builtins.str
+    """request_id makes the request safe to repeat, as in CreateSessionRequest. Empty: every request makes a session."""
+    display_name: _builtins.str
+    """display_name of the new session. Unset: that of the session that it was saved of."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        display_name: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_display_name", b"_display_name", "display_name", b"display_name"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_display_name", b"_display_name", "display_name", b"display_name", "name", b"name", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__display_name: _TypeAlias = _typing.Literal["display_name"]  # noqa: Y015
+    _WhichOneofArgType__display_name: _TypeAlias = _typing.Literal["_display_name", b"_display_name"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__display_name) -> _WhichOneofReturnType__display_name | None: ...
+
+Global___RestoreCheckpointRequest: _TypeAlias = RestoreCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class RestoreCheckpointResponse(_message.Message):
+    """RestoreCheckpointResponse carries the new session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def session(self) -> _session_pb2.Session:
+        """session with everything that is in force: what was, when the checkpoint was saved. Its steps go on from there, and its
+        workers' seats are free.
+        """
+
+    def __init__(
+        self,
+        *,
+        session: _session_pb2.Session | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestoreCheckpointResponse: _TypeAlias = RestoreCheckpointResponse  # noqa: Y015
+
+@_typing.final
+class DownloadCheckpointRequest(_message.Message):
+    """DownloadCheckpointRequest names the checkpoint to send."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """session_id that it was saved of. Required."""
+    name: _builtins.str
+    """name of the checkpoint. Required."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadCheckpointRequest: _TypeAlias = DownloadCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class CheckpointBegin(_message.Message):
+    """CheckpointBegin announces a file of the safetensors format (https://github.com/huggingface/safetensors).
+
+    Its tensors are "parameters/<name>", and "optimizer/<name>/<torch's name>" for what the optimizer keeps of a parameter:
+    "optimizer/weight/exp_avg". Its metadata has texts of JSON: "checkpoint" and "spec" are the messages Checkpoint and
+    SessionSpec, "rates" are the learning rates of the next step by group, and "numbers" is what the optimizer keeps of a
+    parameter beside tensors, by the parameter's name.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    BYTE_COUNT_FIELD_NUMBER: _builtins.int
+    byte_count: _builtins.int
+    """byte_count is the size of the file."""
+    @_builtins.property
+    def checkpoint(self) -> _checkpoint_pb2.Checkpoint:
+        """checkpoint that follows."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint: _checkpoint_pb2.Checkpoint | None = ...,
+        byte_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_count", b"byte_count", "checkpoint", b"checkpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointBegin: _TypeAlias = CheckpointBegin  # noqa: Y015
+
+@_typing.final
+class DownloadCheckpointResponse(_message.Message):
+    """DownloadCheckpointResponse is one event of a download: begin, then data until the end of the stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGIN_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """data goes on from where the one before ended; at most Limits.chunk_bytes_max bytes."""
+    @_builtins.property
+    def begin(self) -> Global___CheckpointBegin:
+        """begin is the first event, and only that."""
+
+    def __init__(
+        self,
+        *,
+        begin: Global___CheckpointBegin | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "data", b"data", "event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "data", b"data", "event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["begin", "data"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___DownloadCheckpointResponse: _TypeAlias = DownloadCheckpointResponse  # noqa: Y015
+
+@_typing.final
+class DeleteCheckpointRequest(_message.Message):
+    """DeleteCheckpointRequest names the checkpoint to delete."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """session_id that it was saved of. Required."""
+    name: _builtins.str
+    """name of the checkpoint. Required."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteCheckpointRequest: _TypeAlias = DeleteCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class DeleteCheckpointResponse(_message.Message):
+    """DeleteCheckpointResponse says what was deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def checkpoint(self) -> _checkpoint_pb2.Checkpoint:
+        """checkpoint that is no more. What is damaged may lack everything but its name."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint: _checkpoint_pb2.Checkpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteCheckpointResponse: _TypeAlias = DeleteCheckpointResponse  # noqa: Y015
+
+@_typing.final
 class GetCatalogueRequest(_message.Message):
     """GetCatalogueRequest asks for everything that can be chosen."""
 
@@ -1778,6 +2089,7 @@ class Limits(_message.Message):
     DIGEST_BYTES_MAX_FIELD_NUMBER: _builtins.int
     REQUEST_ID_BYTES_MAX_FIELD_NUMBER: _builtins.int
     TRANSFER_RATE_MIN_FIELD_NUMBER: _builtins.int
+    CHECKPOINTS_MAX_FIELD_NUMBER: _builtins.int
     sessions_max: _builtins.int
     """sessions_max is how many sessions there may be."""
     streams_max: _builtins.int
@@ -1845,6 +2157,8 @@ class Limits(_message.Message):
     """transfer_rate_min is how many bytes in a second a transfer of parameters or of an evaluation, and the answer to a step,
     must move on the whole: it may take stall_timeout_s, and a second for each transfer_rate_min bytes that it has.
     """
+    checkpoints_max: _builtins.int
+    """checkpoints_max is how many checkpoints a tenant may have."""
     def __init__(
         self,
         *,
@@ -1876,10 +2190,11 @@ class Limits(_message.Message):
         digest_bytes_max: _builtins.int = ...,
         request_id_bytes_max: _builtins.int = ...,
         transfer_rate_min: _builtins.float = ...,
+        checkpoints_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_max", b"calls_max", "chunk_bytes_max", b"chunk_bytes_max", "digest_bytes_max", b"digest_bytes_max", "dimensions_max", b"dimensions_max", "elements_max", b"elements_max", "expression_chars_max", b"expression_chars_max", "expression_nodes_max", b"expression_nodes_max", "groups_max", b"groups_max", "idle_timeout_s", b"idle_timeout_s", "journal_bytes_max", b"journal_bytes_max", "loss_bytes_max", b"loss_bytes_max", "loss_points_max", b"loss_points_max", "memory_bytes_max", b"memory_bytes_max", "message_bytes_max", b"message_bytes_max", "name_bytes_max", b"name_bytes_max", "parameters_max", b"parameters_max", "park_timeout_s", b"park_timeout_s", "request_id_bytes_max", b"request_id_bytes_max", "request_rate_max", b"request_rate_max", "round_timeout_s", b"round_timeout_s", "session_bytes_max", b"session_bytes_max", "sessions_max", b"sessions_max", "stall_timeout_s", b"stall_timeout_s", "streams_max", b"streams_max", "tenant_bytes_max", b"tenant_bytes_max", "tenant_sessions_max", b"tenant_sessions_max", "transfer_rate_min", b"transfer_rate_min", "workers_max", b"workers_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_max", b"calls_max", "checkpoints_max", b"checkpoints_max", "chunk_bytes_max", b"chunk_bytes_max", "digest_bytes_max", b"digest_bytes_max", "dimensions_max", b"dimensions_max", "elements_max", b"elements_max", "expression_chars_max", b"expression_chars_max", "expression_nodes_max", b"expression_nodes_max", "groups_max", b"groups_max", "idle_timeout_s", b"idle_timeout_s", "journal_bytes_max", b"journal_bytes_max", "loss_bytes_max", b"loss_bytes_max", "loss_points_max", b"loss_points_max", "memory_bytes_max", b"memory_bytes_max", "message_bytes_max", b"message_bytes_max", "name_bytes_max", b"name_bytes_max", "parameters_max", b"parameters_max", "park_timeout_s", b"park_timeout_s", "request_id_bytes_max", b"request_id_bytes_max", "request_rate_max", b"request_rate_max", "round_timeout_s", b"round_timeout_s", "session_bytes_max", b"session_bytes_max", "sessions_max", b"sessions_max", "stall_timeout_s", b"stall_timeout_s", "streams_max", b"streams_max", "tenant_bytes_max", b"tenant_bytes_max", "tenant_sessions_max", b"tenant_sessions_max", "transfer_rate_min", b"transfer_rate_min", "workers_max", b"workers_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -107,6 +107,31 @@ class OptimizerServiceStub:
                 request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.ListLossPointsRequest.SerializeToString,
                 response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.ListLossPointsResponse.FromString,
                 _registered_method=True)
+        self.SaveCheckpoint = channel.unary_unary(
+                '/optserve.v1.OptimizerService/SaveCheckpoint',
+                request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.SaveCheckpointRequest.SerializeToString,
+                response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.SaveCheckpointResponse.FromString,
+                _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/optserve.v1.OptimizerService/ListCheckpoints',
+                request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.RestoreCheckpoint = channel.unary_unary(
+                '/optserve.v1.OptimizerService/RestoreCheckpoint',
+                request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.RestoreCheckpointRequest.SerializeToString,
+                response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.RestoreCheckpointResponse.FromString,
+                _registered_method=True)
+        self.DownloadCheckpoint = channel.unary_stream(
+                '/optserve.v1.OptimizerService/DownloadCheckpoint',
+                request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.DownloadCheckpointRequest.SerializeToString,
+                response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.DownloadCheckpointResponse.FromString,
+                _registered_method=True)
+        self.DeleteCheckpoint = channel.unary_unary(
+                '/optserve.v1.OptimizerService/DeleteCheckpoint',
+                request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.DeleteCheckpointRequest.SerializeToString,
+                response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.DeleteCheckpointResponse.FromString,
+                _registered_method=True)
         self.GetCatalogue = channel.unary_unary(
                 '/optserve.v1.OptimizerService/GetCatalogue',
                 request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.GetCatalogueRequest.SerializeToString,
@@ -227,6 +252,42 @@ class OptimizerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SaveCheckpoint(self, request, context):
+        """SaveCheckpoint saves a session as it is between two steps, under a name; of any session of a server that has a data
+        directory. Safe to repeat: where nothing has changed since, the answer is the checkpoint that is there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCheckpoints(self, request, context):
+        """ListCheckpoints lists checkpoints, the oldest first, in pages; also of sessions that are gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestoreCheckpoint(self, request, context):
+        """RestoreCheckpoint makes a new session that goes on from a checkpoint. The one that it was saved of stays as it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadCheckpoint(self, request, context):
+        """DownloadCheckpoint sends a checkpoint as one file of the safetensors format: see CheckpointBegin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteCheckpoint(self, request, context):
+        """DeleteCheckpoint deletes a checkpoint.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetCatalogue(self, request, context):
         """GetCatalogue lists every optimizer, scheduler and loss with its hyperparameters.
         """
@@ -313,6 +374,31 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.ListLossPoints,
                     request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.ListLossPointsRequest.FromString,
                     response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.ListLossPointsResponse.SerializeToString,
+            ),
+            'SaveCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.SaveCheckpoint,
+                    request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.SaveCheckpointRequest.FromString,
+                    response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.SaveCheckpointResponse.SerializeToString,
+            ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'RestoreCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreCheckpoint,
+                    request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.RestoreCheckpointRequest.FromString,
+                    response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.RestoreCheckpointResponse.SerializeToString,
+            ),
+            'DownloadCheckpoint': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadCheckpoint,
+                    request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.DownloadCheckpointRequest.FromString,
+                    response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.DownloadCheckpointResponse.SerializeToString,
+            ),
+            'DeleteCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteCheckpoint,
+                    request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.DeleteCheckpointRequest.FromString,
+                    response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.DeleteCheckpointResponse.SerializeToString,
             ),
             'GetCatalogue': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCatalogue,
@@ -706,6 +792,141 @@ class OptimizerService:
             '/optserve.v1.OptimizerService/ListLossPoints',
             optserve_dot_v1_dot_optimizer__service__pb2.ListLossPointsRequest.SerializeToString,
             optserve_dot_v1_dot_optimizer__service__pb2.ListLossPointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SaveCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optserve.v1.OptimizerService/SaveCheckpoint',
+            optserve_dot_v1_dot_optimizer__service__pb2.SaveCheckpointRequest.SerializeToString,
+            optserve_dot_v1_dot_optimizer__service__pb2.SaveCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optserve.v1.OptimizerService/ListCheckpoints',
+            optserve_dot_v1_dot_optimizer__service__pb2.ListCheckpointsRequest.SerializeToString,
+            optserve_dot_v1_dot_optimizer__service__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optserve.v1.OptimizerService/RestoreCheckpoint',
+            optserve_dot_v1_dot_optimizer__service__pb2.RestoreCheckpointRequest.SerializeToString,
+            optserve_dot_v1_dot_optimizer__service__pb2.RestoreCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/optserve.v1.OptimizerService/DownloadCheckpoint',
+            optserve_dot_v1_dot_optimizer__service__pb2.DownloadCheckpointRequest.SerializeToString,
+            optserve_dot_v1_dot_optimizer__service__pb2.DownloadCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optserve.v1.OptimizerService/DeleteCheckpoint',
+            optserve_dot_v1_dot_optimizer__service__pb2.DeleteCheckpointRequest.SerializeToString,
+            optserve_dot_v1_dot_optimizer__service__pb2.DeleteCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

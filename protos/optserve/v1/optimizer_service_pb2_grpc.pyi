@@ -70,6 +70,18 @@ class OptimizerServiceStub:
     """EvaluateLossStream is EvaluateLoss for tensors of any size: begin, chunks, half-close; result, chunks."""
     ListLossPoints: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.ListLossPointsRequest, _optimizer_service_pb2.ListLossPointsResponse]
     """ListLossPoints reads the session's history: its curves."""
+    SaveCheckpoint: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.SaveCheckpointRequest, _optimizer_service_pb2.SaveCheckpointResponse]
+    """SaveCheckpoint saves a session as it is between two steps, under a name; of any session of a server that has a data
+    directory. Safe to repeat: where nothing has changed since, the answer is the checkpoint that is there.
+    """
+    ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.ListCheckpointsRequest, _optimizer_service_pb2.ListCheckpointsResponse]
+    """ListCheckpoints lists checkpoints, the oldest first, in pages; also of sessions that are gone."""
+    RestoreCheckpoint: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.RestoreCheckpointRequest, _optimizer_service_pb2.RestoreCheckpointResponse]
+    """RestoreCheckpoint makes a new session that goes on from a checkpoint. The one that it was saved of stays as it is."""
+    DownloadCheckpoint: _grpc.UnaryStreamMultiCallable[_optimizer_service_pb2.DownloadCheckpointRequest, _optimizer_service_pb2.DownloadCheckpointResponse]
+    """DownloadCheckpoint sends a checkpoint as one file of the safetensors format: see CheckpointBegin."""
+    DeleteCheckpoint: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.DeleteCheckpointRequest, _optimizer_service_pb2.DeleteCheckpointResponse]
+    """DeleteCheckpoint deletes a checkpoint."""
     GetCatalogue: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.GetCatalogueRequest, _optimizer_service_pb2.GetCatalogueResponse]
     """GetCatalogue lists every optimizer, scheduler and loss with its hyperparameters."""
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_optimizer_service_pb2.GetServerInfoRequest, _optimizer_service_pb2.GetServerInfoResponse]
@@ -117,6 +129,18 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
     """EvaluateLossStream is EvaluateLoss for tensors of any size: begin, chunks, half-close; result, chunks."""
     ListLossPoints: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.ListLossPointsRequest, _optimizer_service_pb2.ListLossPointsResponse]  # type: ignore[assignment]
     """ListLossPoints reads the session's history: its curves."""
+    SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.SaveCheckpointRequest, _optimizer_service_pb2.SaveCheckpointResponse]  # type: ignore[assignment]
+    """SaveCheckpoint saves a session as it is between two steps, under a name; of any session of a server that has a data
+    directory. Safe to repeat: where nothing has changed since, the answer is the checkpoint that is there.
+    """
+    ListCheckpoints: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.ListCheckpointsRequest, _optimizer_service_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
+    """ListCheckpoints lists checkpoints, the oldest first, in pages; also of sessions that are gone."""
+    RestoreCheckpoint: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.RestoreCheckpointRequest, _optimizer_service_pb2.RestoreCheckpointResponse]  # type: ignore[assignment]
+    """RestoreCheckpoint makes a new session that goes on from a checkpoint. The one that it was saved of stays as it is."""
+    DownloadCheckpoint: _aio.UnaryStreamMultiCallable[_optimizer_service_pb2.DownloadCheckpointRequest, _optimizer_service_pb2.DownloadCheckpointResponse]  # type: ignore[assignment]
+    """DownloadCheckpoint sends a checkpoint as one file of the safetensors format: see CheckpointBegin."""
+    DeleteCheckpoint: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.DeleteCheckpointRequest, _optimizer_service_pb2.DeleteCheckpointResponse]  # type: ignore[assignment]
+    """DeleteCheckpoint deletes a checkpoint."""
     GetCatalogue: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.GetCatalogueRequest, _optimizer_service_pb2.GetCatalogueResponse]  # type: ignore[assignment]
     """GetCatalogue lists every optimizer, scheduler and loss with its hyperparameters."""
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_optimizer_service_pb2.GetServerInfoRequest, _optimizer_service_pb2.GetServerInfoResponse]  # type: ignore[assignment]
@@ -245,6 +269,48 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_optimizer_service_pb2.ListLossPointsResponse, _abc.Awaitable[_optimizer_service_pb2.ListLossPointsResponse]]:
         """ListLossPoints reads the session's history: its curves."""
+
+    @_abc_1.abstractmethod
+    def SaveCheckpoint(
+        self,
+        request: _optimizer_service_pb2.SaveCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_optimizer_service_pb2.SaveCheckpointResponse, _abc.Awaitable[_optimizer_service_pb2.SaveCheckpointResponse]]:
+        """SaveCheckpoint saves a session as it is between two steps, under a name; of any session of a server that has a data
+        directory. Safe to repeat: where nothing has changed since, the answer is the checkpoint that is there.
+        """
+
+    @_abc_1.abstractmethod
+    def ListCheckpoints(
+        self,
+        request: _optimizer_service_pb2.ListCheckpointsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_optimizer_service_pb2.ListCheckpointsResponse, _abc.Awaitable[_optimizer_service_pb2.ListCheckpointsResponse]]:
+        """ListCheckpoints lists checkpoints, the oldest first, in pages; also of sessions that are gone."""
+
+    @_abc_1.abstractmethod
+    def RestoreCheckpoint(
+        self,
+        request: _optimizer_service_pb2.RestoreCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_optimizer_service_pb2.RestoreCheckpointResponse, _abc.Awaitable[_optimizer_service_pb2.RestoreCheckpointResponse]]:
+        """RestoreCheckpoint makes a new session that goes on from a checkpoint. The one that it was saved of stays as it is."""
+
+    @_abc_1.abstractmethod
+    def DownloadCheckpoint(
+        self,
+        request: _optimizer_service_pb2.DownloadCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_optimizer_service_pb2.DownloadCheckpointResponse], _abc.AsyncIterator[_optimizer_service_pb2.DownloadCheckpointResponse]]:
+        """DownloadCheckpoint sends a checkpoint as one file of the safetensors format: see CheckpointBegin."""
+
+    @_abc_1.abstractmethod
+    def DeleteCheckpoint(
+        self,
+        request: _optimizer_service_pb2.DeleteCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_optimizer_service_pb2.DeleteCheckpointResponse, _abc.Awaitable[_optimizer_service_pb2.DeleteCheckpointResponse]]:
+        """DeleteCheckpoint deletes a checkpoint."""
 
     @_abc_1.abstractmethod
     def GetCatalogue(

@@ -212,7 +212,7 @@ class SessionDeletedError(SessionStateError):
 
 
 class SessionDamagedError(SessionStateError):
-    """What is on disk of the session is not what was written there."""
+    """What is on disk of the session, or of the checkpoint, is not what was written there."""
 
 
 class JournalForeignError(SessionStateError):
@@ -221,6 +221,14 @@ class JournalForeignError(SessionStateError):
 
 class NoStorageError(SessionStateError):
     """The server keeps sessions in memory only."""
+
+
+class CheckpointNotFoundError(SessionStateError):
+    """There is no such checkpoint."""
+
+
+class CheckpointExistsError(SessionStateError):
+    """The session has a checkpoint of this name, of another state."""
 
 
 class StalledError(SessionStateError):

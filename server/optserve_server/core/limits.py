@@ -40,6 +40,7 @@ class Limits:
     expression_chars_max: int = 256
     expression_nodes_max: int = 64
     loss_points_max: int = 10_000
+    checkpoints_max: int = 1_000  # Of a tenant. So many facts are kept in memory, some 1 KiB each.
     round_timeout_s: float = 600.0
     stall_timeout_s: float = 60.0
     transfer_rate_min: float = 256.0 * KIB  # 2 Mbit/s: training over less makes no sense.

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import itertools
 import math
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
-from torch import Tensor
-
 from optserve_server.core.actor import SessionActor
-from optserve_server.core.admission import Budget, session_bytes
+from optserve_server.core.admission import Budget
+from optserve_server.core.beginning import Beginning
 from optserve_server.core.catalogue import ParkedSession
+from optserve_server.core.checkpoints import Checkpoints
 from optserve_server.core.creations import CreationRequest, Creations
-from optserve_server.core.device import Device
 from optserve_server.core.errors import (
     MemoryExhaustedError,
     OptserveError,
@@ -31,7 +29,7 @@ from optserve_server.core.limits import Limits
 from optserve_server.core.quotas import Quotas
 from optserve_server.core.session import Session
 from optserve_server.core.shelf import Shelf, no_storage_error
-from optserve_server.core.spec import DurabilityMode, SessionSpec
+from optserve_server.core.spec import DurabilityMode
 from optserve_server.core.standing import Listed
 from optserve_server.core.surroundings import Surroundings
 from optserve_server.core.tenant import TenantRegistry
@@ -63,6 +61,7 @@ class SessionRegistry:
         self._order: dict[str, int] = {}
         self._sequence = itertools.count(1)
         self._opening = 0
+        self.checkpoints = Checkpoints(surroundings, self.budget, limits)
 
     def check_accepting(self) -> None:
         """Make sure that new work may begin.
@@ -84,18 +83,13 @@ class SessionRegistry:
         return TenantRegistry(self, tenant)
 
     async def create(
-        self,
-        tenant: str,
-        spec: SessionSpec,
-        values: Mapping[int, Tensor] | None = None,
-        request: CreationRequest | None = None,
+        self, tenant: str, beginning: Beginning, request: CreationRequest | None = None
     ) -> SessionActor:
         """Create a tenant's session: reserve its memory, then take it.
 
         Args:
             tenant: Whose it is.
-            spec: What it is made from.
-            values: Of parameters, by position.
+            beginning: What it is made from.
             request: What it is made for, to be kept with it.
 
         Raises:
@@ -104,6 +98,7 @@ class SessionRegistry:
             CallerError: torch does not take the spec. Nothing was taken.
         """
         self.check_accepting()
+        spec = beginning.spec
         is_durable = spec.durability.mode is not DurabilityMode.NONE
         if is_durable and self._shelf is None:
             raise no_storage_error()
@@ -117,13 +112,14 @@ class SessionRegistry:
         self._quotas.open(tenant)
         self._opening += 1
         try:
-            session, count = await self._build(tenant, spec, values)
+            session, count = await self._build(tenant, beginning)
             opened = SessionOpened(
                 session_id=secrets.token_hex(_ID_BYTES),
                 tenant=tenant,
                 optimizer=spec.optimizer.kind,
             )
             actor = SessionActor(session, opened, count, self.surroundings)
+            actor.stepped_s = beginning.stepped_s
             if is_durable and self._shelf:
                 try:
                     await self._shelf.put(actor, request)
@@ -334,16 +330,14 @@ class SessionRegistry:
         parked = self._shelf.parked.get(session_id) if self._shelf else None
         return parked if parked and parked.opened.tenant == tenant else None
 
-    async def _build(
-        self, tenant: str, spec: SessionSpec, values: Mapping[int, Tensor] | None
-    ) -> tuple[Session, int]:
+    async def _build(self, tenant: str, beginning: Beginning) -> tuple[Session, int]:
         """Reserve a session's memory, and take it; return how much that is beside the session."""
-        surroundings = self.surroundings
-        count = await self._run(lambda: self._measure(spec))
-        self.budget.check_session(count, field="parameters")
-        self._reserve(tenant, count, what="the session", field="parameters")
+        device, limits, field = self.surroundings.device, self.limits, beginning.field
+        count = await self._run(lambda: beginning.measure(device, limits))
+        self.budget.check_session(count, field=field)
+        self._reserve(tenant, count, what="the session", field=field)
         try:
-            session = await self._run(lambda: _made(spec, values, surroundings.device, self.limits))
+            session = await self._run(lambda: beginning.session(device, limits))
         except BaseException:
             self._release(tenant, count)
             raise
@@ -367,25 +361,10 @@ class SessionRegistry:
         self._quotas.release(tenant, count)
         self.budget.release(count)
 
-    def _measure(self, spec: SessionSpec) -> int:
-        """Return how much memory a session will take, after a look at everything else about it."""
-        parameters = tuple(dataclasses.replace(each, shape=(0,)) for each in spec.parameters)
-        Session(dataclasses.replace(spec, parameters=parameters), Device("cpu"), self.limits)
-        return session_bytes(spec, self.surroundings.device.torch)
-
     async def _run(self, work: Callable[[], _T]) -> _T:
         """Run ``work`` in a thread, to its end even if the call that asked for it is cancelled."""
         loop = asyncio.get_running_loop()
         return await to_its_end(loop.run_in_executor(self.surroundings.executor, work))
-
-
-def _made(
-    spec: SessionSpec, values: Mapping[int, Tensor] | None, device: Device, limits: Limits
-) -> Session:
-    session = Session(spec, device, limits)
-    if values:
-        session.set_parameters(values)
-    return session
 
 
 def _not_found(session_id: str) -> SessionNotFoundError:

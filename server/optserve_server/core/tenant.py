@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 if TYPE_CHECKING:
     from optserve_server.core.actor import SessionActor
+    from optserve_server.core.beginning import Beginning
+    from optserve_server.core.checkpoints import Opened, Saved
     from optserve_server.core.creations import CreationRequest
     from optserve_server.core.registry import SessionRegistry
-    from optserve_server.core.spec import SessionSpec
 from optserve_server.core.standing import Listed
 
 DEFAULT_TENANT = ""
@@ -44,19 +43,17 @@ class TenantRegistry:
         self.surroundings = registry.surroundings
         self.budget = registry.budget
         self.creations = registry.creations
+        self._checkpoints = registry.checkpoints
 
     def check_accepting(self) -> None:
         """Make sure that new work may begin; see SessionRegistry.check_accepting."""
         self._registry.check_accepting()
 
     async def create(
-        self,
-        spec: SessionSpec,
-        values: Mapping[int, Tensor] | None = None,
-        request: CreationRequest | None = None,
+        self, beginning: Beginning, request: CreationRequest | None = None
     ) -> SessionActor:
         """Create a session of this tenant; see SessionRegistry.create."""
-        return await self._registry.create(self.tenant, spec, values, request)
+        return await self._registry.create(self.tenant, beginning, request)
 
     async def find(self, session_id: str) -> SessionActor:
         """Return a session of this tenant; see SessionRegistry.find."""
@@ -73,3 +70,21 @@ class TenantRegistry:
     async def delete(self, session_id: str) -> Listed:
         """Forget a session of this tenant; see SessionRegistry.delete."""
         return await self._registry.delete(self.tenant, session_id)
+
+    async def save_checkpoint(self, session_id: str, name: str) -> Saved:
+        """Save a session of this tenant; see Checkpoints.save."""
+        return await self._checkpoints.save(await self.find(session_id), name)
+
+    async def checkpoint_page(
+        self, session_id: str, *, after: int, count: int
+    ) -> tuple[Sequence[Saved], int | None]:
+        """Return some checkpoints of this tenant; see Checkpoints.page."""
+        return await self._checkpoints.page(self.tenant, session_id, after=after, count=count)
+
+    def opened_checkpoint(self, session_id: str, name: str) -> AbstractAsyncContextManager[Opened]:
+        """Have a checkpoint of this tenant in memory; see Checkpoints.opened."""
+        return self._checkpoints.opened(self.tenant, session_id, name)
+
+    async def delete_checkpoint(self, session_id: str, name: str) -> Saved:
+        """Delete a checkpoint of this tenant; see Checkpoints.delete."""
+        return await self._checkpoints.delete(self.tenant, session_id, name)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
-
-from torch import Tensor
+from collections.abc import Awaitable, Callable
 
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve_server.core.actor import SessionActor
+from optserve_server.core.beginning import Beginning
 from optserve_server.core.creations import CreationRequest
 from optserve_server.core.errors import LimitExceededError, within
 from optserve_server.core.events import Direction
 from optserve_server.core.limits import Limits
-from optserve_server.core.spec import SessionSpec
 from optserve_server.core.tenant import TenantRegistry
 from optserve_server.rpc import decode_spec, encode
 
@@ -32,33 +30,53 @@ async def create(request: pb.CreateSessionRequest, registry: TenantRegistry) -> 
     spec = decode_spec.session_spec(request.spec, limits)
     encode.check_fits(spec, limits, "spec.parameters")
     values = decode_spec.values(request.values, spec, limits)
+
+    async def make(wanted: CreationRequest | None) -> SessionActor:
+        with within("spec"):
+            actor = await registry.create(Beginning(spec=spec, values=values), wanted)
+        if values:
+            byte_count = sum(value.nbytes for value in values.values())
+            registry.surroundings.observer.bytes_moved(Direction.RECEIVED, byte_count)
+        log_created(actor, "session created")
+        return actor
+
+    return await once(request, registry, make)
+
+
+async def once(
+    request: pb.CreateSessionRequest | pb.RestoreCheckpointRequest,
+    registry: TenantRegistry,
+    make: Callable[[CreationRequest | None], Awaitable[SessionActor]],
+) -> SessionActor:
+    """Return the session that a request makes, or has made already if it has an id.
+
+    Args:
+        request: What has come.
+        registry: Where the session is.
+        make: Makes it, to be known by what it is given.
+
+    Raises:
+        RequestConflictError: The request's id belongs to another request.
+        OptserveError: As of ``make``.
+    """
     if not request.request_id:
-        return await _create(spec, values, None, registry)
-    wanted = _identified(request, registry.tenant, limits)
+        return await make(None)
+    wanted = _identified(request, registry.tenant, registry.limits)
 
     async def made() -> str:
-        return (await _create(spec, values, wanted, registry)).session_id
+        return (await make(wanted)).session_id
 
     return await registry.find(await registry.creations.once(wanted, made))
 
 
-async def _create(
-    spec: SessionSpec,
-    values: Mapping[int, Tensor],
-    request: CreationRequest | None,
-    registry: TenantRegistry,
-) -> SessionActor:
-    """Create a session with values for its parameters."""
-    with within("spec"):
-        actor = await registry.create(spec, values, request)
-    if values:
-        byte_count = sum(value.nbytes for value in values.values())
-        registry.surroundings.observer.bytes_moved(Direction.RECEIVED, byte_count)
+def log_created(actor: SessionActor, what: str) -> None:
+    """Note in the log that there is a new session."""
+    spec = actor.spec
     _LOGGER.info(
-        "session created",
+        what,
         extra={
             "session": actor.session_id,
-            "tenant": registry.tenant,
+            "tenant": actor.opened.tenant,
             "optimizer": spec.optimizer.kind,
             "parameters": len(spec.parameters),
             "workers": spec.workers,
@@ -66,10 +84,11 @@ async def _create(
             "reserved_bytes": actor.reserved_bytes,
         },
     )
-    return actor
 
 
-def _identified(request: pb.CreateSessionRequest, tenant: str, limits: Limits) -> CreationRequest:
+def _identified(
+    request: pb.CreateSessionRequest | pb.RestoreCheckpointRequest, tenant: str, limits: Limits
+) -> CreationRequest:
     """Return what a request is known again by.
 
     Raises:

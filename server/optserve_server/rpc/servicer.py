@@ -17,6 +17,7 @@ from optserve_server.core.tenant import TenantRegistry
 from optserve_server.rpc import (
     access,
     change,
+    checkpoints,
     create,
     decode,
     encode,
@@ -152,6 +153,37 @@ class OptimizerServicer(OptimizerServiceServicer):
             forgotten=page.forgotten,
             next_page_token=str(page.points[-1].sequence) if page.more else "",
         )
+
+    async def SaveCheckpoint(
+        self, request: pb.SaveCheckpointRequest, context: _Context
+    ) -> pb.SaveCheckpointResponse:
+        """Save a session under a name."""
+        return await checkpoints.save(request, self._sessions())
+
+    async def ListCheckpoints(
+        self, request: pb.ListCheckpointsRequest, context: _Context
+    ) -> pb.ListCheckpointsResponse:
+        """List checkpoints, the oldest first."""
+        return await checkpoints.page(request, self._sessions())
+
+    async def RestoreCheckpoint(
+        self, request: pb.RestoreCheckpointRequest, context: _Context
+    ) -> pb.RestoreCheckpointResponse:
+        """Make a session that goes on from a checkpoint."""
+        actor = await checkpoints.restore(request, self._sessions())
+        return pb.RestoreCheckpointResponse(session=encode.session(actor))
+
+    async def DownloadCheckpoint(  # type: ignore[override] # writes by its context
+        self, request: pb.DownloadCheckpointRequest, context: _Context
+    ) -> None:
+        """Send a checkpoint as a file."""
+        await checkpoints.download(request, context, self._sessions())
+
+    async def DeleteCheckpoint(
+        self, request: pb.DeleteCheckpointRequest, context: _Context
+    ) -> pb.DeleteCheckpointResponse:
+        """Delete a checkpoint."""
+        return await checkpoints.delete(request, self._sessions())
 
     async def GetCatalogue(
         self, request: pb.GetCatalogueRequest, context: _Context

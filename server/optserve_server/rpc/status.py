@@ -51,6 +51,14 @@ STATUS: dict[type[errors.OptserveError], _Row] = {
     errors.SessionDamagedError: (grpc.StatusCode.DATA_LOSS, Reason.REASON_SESSION_DAMAGED),
     errors.JournalForeignError: (_STATE, Reason.REASON_JOURNAL_FOREIGN),
     errors.NoStorageError: (_STATE, Reason.REASON_NO_STORAGE),
+    errors.CheckpointNotFoundError: (
+        grpc.StatusCode.NOT_FOUND,
+        Reason.REASON_CHECKPOINT_NOT_FOUND,
+    ),
+    errors.CheckpointExistsError: (
+        grpc.StatusCode.ALREADY_EXISTS,
+        Reason.REASON_CHECKPOINT_EXISTS,
+    ),
     errors.StalledError: (grpc.StatusCode.DEADLINE_EXCEEDED, Reason.REASON_STALLED),
     errors.StepConflictError: (grpc.StatusCode.ABORTED, Reason.REASON_STEP_CONFLICT),
     errors.RequestConflictError: (grpc.StatusCode.ALREADY_EXISTS, Reason.REASON_REQUEST_CONFLICT),

@@ -16,12 +16,12 @@ import xxhash
 from torch import Tensor
 
 from optserve_server.core import failpoints
+from optserve_server.core.safetensors import decode_tensors, encode_tensors
 from optserve_server.core.storage import DamagedError, Json, Origin, Snapshot
 from optserve_server.core.tensors import byte_view
 from optserve_server.storage import tensors as types
 from optserve_server.storage.disk import Disk, File, read_file
 from optserve_server.storage.document import decode_document, encode_document
-from optserve_server.storage.safetensors import decode_tensors, encode_tensors
 
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"

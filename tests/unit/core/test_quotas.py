@@ -13,6 +13,7 @@ from scenarios.models import spec
 
 from optserve.v1.optimizer_pb2 import SGD
 from optserve_server.core.actor import SessionActor
+from optserve_server.core.beginning import Beginning
 from optserve_server.core.errors import CallerError, MemoryExhaustedError, TooManyError
 from optserve_server.core.limits import Limits
 from optserve_server.core.registry import SessionRegistry
@@ -30,7 +31,7 @@ class Tenants:
         self.registry = registry
 
     def create(self, tenant: str, wanted: SessionSpec) -> SessionActor:
-        return self._loop.run(self.registry.create(tenant, wanted))
+        return self._loop.run(self.registry.create(tenant, Beginning(spec=wanted)))
 
     def delete(self, actor: SessionActor) -> None:
         self._loop.run(self.registry.delete(actor.opened.tenant, actor.session_id))

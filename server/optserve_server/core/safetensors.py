@@ -1,7 +1,7 @@
 """The safetensors format: https://github.com/huggingface/safetensors, readable in any language.
 
-Written here piece by piece, with no copy of the tensors, and through the disk that storage is
-given; the library takes a path, or makes one string of everything. Tests hold it to the library.
+Written here piece by piece, with no copy of the tensors, to whatever takes them: a disk, or a
+client. The library takes a path, or makes one string of everything. Tests hold it to the library.
 """
 
 from __future__ import annotations
@@ -12,28 +12,55 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from optserve_server.core.storage import DamagedError
 from optserve_server.core.tensors import byte_view
-from optserve_server.storage import tensors as types
 
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+}
+"""Data types by the format's names."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LENGTH = struct.Struct("<Q")
 _HEADER_ALIGNMENT = 8  # What the format asks for, padded with spaces.
 
 
-def encode_tensors(tensors: Mapping[str, Tensor]) -> list[memoryview | bytes]:
+def encode_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> list[memoryview | bytes]:
     """Return the file's bytes as pieces to be written one behind the other; tensors are views.
 
     Larger elements come first, so that each tensor is aligned to its own.
+
+    Args:
+        tensors: By name; contiguous, on the CPU.
+        metadata: Texts to stand in the header, for readers other than decode_tensors().
     """
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, tensor in ordered:
         begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
         header[name] = {
-            "dtype": types.NAMES[tensor.dtype],
+            "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
@@ -76,7 +103,7 @@ def decode_tensors(path: str, data: Tensor) -> dict[str, Tensor]:
 
 def _tensor(data: Tensor, origin: int, begin: int, entry: Any) -> tuple[Tensor, int]:  # noqa: ANN401 It is what JSON gave.
     """Return the tensor that begins at ``begin``, and where it ends."""
-    dtype = types.BY_NAME[entry["dtype"]]
+    dtype = DTYPES[entry["dtype"]]
     shape = tuple(int(each) for each in entry["shape"])
     end = begin + math.prod(shape) * dtype.itemsize
     offsets = [begin - origin, end - origin]
