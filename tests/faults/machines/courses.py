@@ -24,6 +24,7 @@ MIDDLE: Shapes = {"w": (200, 300), "b": (7,)}
 LARGE: Shapes = {"w": (300_000,), "b": (7,), "last": (400, 500)}
 """Two messages each way."""
 
+_NONE = optserve.Durability()
 _Optimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 
 _OPTIMIZERS: Sequence[tuple[AnyOptimizer, _Optimizer]] = (
@@ -92,33 +93,47 @@ class Course:
         }
 
 
-def create(client: optserve.Client, course: Course) -> optserve.Session:
+def connected(address: str, config: optserve.ClientConfig) -> optserve.Client:
+    """Connect, as often as it takes: that there is a server at all is for the caller to believe."""
+    while True:
+        try:
+            return optserve.connect(address, config=config, progress=False)
+        except optserve.UnavailableError:
+            continue
+
+
+def create(
+    client: optserve.Client, course: Course, durability: optserve.Durability = _NONE
+) -> optserve.Session:
     """Create the course's session."""
     return client.create_session(
         _arrays(course.content(b"initial")),
         optimizer=course.optimizer,
         workers=course.workers,
         via=course.via,
+        durability=durability,
     )
 
 
 def attend(session: optserve.Session, course: Course, worker: int, log: list[Entry]) -> None:
     """Take the course's steps as one of its workers, and write down what it saw."""
-    for step in range(session.steps + 1, course.steps + 1):
-        entry = Entry(worker=worker, saw=Saw.SENT, step=step, digest=course.digest(worker, step))
-        log.append(entry)
-        result = session.step(_arrays(course.content(entry.digest)), step=step)
+    step = session.steps + 1
+    while step <= course.steps:
+        digest = course.digest(worker, step)
+        log.append(Entry(worker=worker, saw=Saw.SENT, step=step, digest=digest))
+        try:
+            result = session.step(_arrays(course.content(digest)), step=step)
+        except optserve.StepsLostError as error:
+            log.append(Entry(worker=worker, saw=Saw.TOLD, step=error.resumes_from - 1))
+            session.resume()
+            step = error.resumes_from
+            continue
         assert result.step == step, f"step {step} was answered by {result}"
         seen = hash_of(tensors_of(session.parameters))
         log.append(
-            Entry(
-                worker=worker,
-                saw=Saw.ANSWERED,
-                step=step,
-                digest=entry.digest,
-                parameters=seen,
-            )
+            Entry(worker=worker, saw=Saw.ANSWERED, step=step, digest=digest, parameters=seen)
         )
+        step += 1
 
 
 def tensors_of(parameters: Mapping[str, Array]) -> Tensors:

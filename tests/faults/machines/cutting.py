@@ -12,7 +12,16 @@ from functools import partial
 from random import Random
 
 from bad_wire import BadWire, End, Fate, bad_wire
-from faults.machines.courses import LARGE, MIDDLE, SMALL, Course, attend, create, tensors_of
+from faults.machines.courses import (
+    LARGE,
+    MIDDLE,
+    SMALL,
+    Course,
+    attend,
+    connected,
+    create,
+    tensors_of,
+)
 from faults.machines.frame import Effort, Report
 from faults.machines.history import Entry, Verdict, judge
 from server_process import ServerProcess, running_server
@@ -67,7 +76,7 @@ def _train(server: ServerProcess, random: Random) -> tuple[Counter[End], Verdict
             stack.enter_context(_wire(server, course, random.getrandbits(32)))
             for _ in range(workers)
         ]
-        clients = [stack.enter_context(_connected(wire)) for wire in wires]
+        clients = [stack.enter_context(connected(wire.address, _CONFIG)) for wire in wires]
         first = create(clients[0], course)
         others = [
             client.join_session(first.session_id, worker=worker, via=course.via)
@@ -85,15 +94,6 @@ def _train(server: ServerProcess, random: Random) -> tuple[Counter[End], Verdict
         verdict = judge(log, course.training(), session.steps, tensors_of(session.parameters))
         session.delete()
     return ended, verdict
-
-
-def _connected(wire: BadWire) -> optserve.Client:
-    """Connect, as often as it takes: that there is a server at all is for the caller to believe."""
-    while True:
-        try:
-            return optserve.connect(wire.address, config=_CONFIG, progress=False)
-        except optserve.UnavailableError:
-            continue
 
 
 def _wire(server: ServerProcess, course: Course, seed: int) -> AbstractContextManager[BadWire]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from faults.machines.calling import call
 from faults.machines.cutting import cut
 from faults.machines.decoding import decode
 from faults.machines.frame import Machine
+from faults.machines.killing import kill
 from faults.machines.overload import overload
 from faults.machines.simulating import run_seeds
 
@@ -17,6 +19,15 @@ MACHINES = (
         whole_s=120,
         test_count=10_000,
         run=decode,
+    ),
+    Machine(
+        name="calls",
+        summary="messages that are nearly right, for every rpc, beside a session that trains",
+        unit="messages",
+        whole_count=200_000,
+        whole_s=200,
+        test_count=2_000,
+        run=call,
     ),
     Machine(
         name="simulation",
@@ -35,6 +46,15 @@ MACHINES = (
         whole_s=120,
         test_count=20,
         run=cut,
+    ),
+    Machine(
+        name="kills",
+        summary="a server killed with -9 at random moments and at named ones, under 8 sessions",
+        unit="kills",
+        whole_count=200,
+        whole_s=900,
+        test_count=1,
+        run=kill,
     ),
     Machine(
         name="overload",

@@ -1,0 +1,179 @@
+"""A server that is killed with -9, at random moments and at the worst ones, under load."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from random import Random
+from threading import Event
+
+from faults.machines.courses import MIDDLE, SMALL, Course, attend, connected, create, tensors_of
+from faults.machines.frame import Effort, Report
+from faults.machines.history import Entry, Saw, Verdict, judge
+from server_process import ServerProcess, running_server
+
+import optserve_client as optserve
+
+_SESSIONS = 8
+_STEPS = 60
+_ROLLBACK_STEPS = 5
+_LIFE_S = 1.5  # Of a server, at most, after it has begun to serve.
+_FAILPOINTS = (
+    "change-unrecorded",
+    "change-recorded",
+    "change-made",
+    "snapshot-half-written",
+    "snapshot-written",
+    "snapshot-renamed",
+)
+_REACHED_MAX = 40  # At which time a failpoint kills, at most.
+_CONFIG = optserve.ClientConfig(
+    lane="grpc", retry=optserve.Retry(backoff_s=0.02, backoff_max_s=0.2, give_up_after_s=300)
+)
+_JOURNAL = optserve.Durability(mode="JOURNAL", snapshot_steps=20)
+_FSYNC = optserve.Durability(mode="JOURNAL", snapshot_steps=20, fsync=True)
+_SNAPSHOT = optserve.Durability(mode="SNAPSHOT", snapshot_steps=_ROLLBACK_STEPS)
+_DURABILITIES: Sequence[optserve.Durability] = (*[_JOURNAL, _FSYNC] * 3, _SNAPSHOT, _SNAPSHOT)
+"""Of the sessions that train at a time."""
+
+
+class _Lives:
+    """One server after the other, at one address and on one data directory."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._stack = ExitStack()
+        self.server: ServerProcess
+        self.begin("", port=0)
+        self.address = self.server.address
+
+    def begin(self, failpoint: str, port: int | None = None) -> None:
+        """Start a server, which kills itself at a failpoint if one is named."""
+        if port is None:
+            port = int(self.address.rpartition(":")[2])
+        self.server = self._stack.enter_context(
+            running_server(
+                *("--data-dir", self._folder),
+                environment={"OPTSERVE_FAILPOINTS": failpoint},
+                port=port,
+            )
+        )
+
+    def kill(self, after_s: float) -> str:
+        """Kill the server after a while, unless it has done so itself; return who did."""
+        with suppress(subprocess.TimeoutExpired):
+            self.server.process.wait(after_s)
+            self._check_log()
+            self._stack.close()
+            return "at failpoints"
+        self.server.process.kill()
+        self.server.process.wait()
+        self._check_log()
+        self._stack.close()
+        return "at random moments"
+
+    def end(self) -> None:
+        """Stop the last one, properly."""
+        self._check_log()
+        self._stack.close()
+
+    def _check_log(self) -> None:
+        log = self.server.log.read_text(encoding="utf-8")
+        assert "internal error" not in log, log
+
+
+def kill(effort: Effort) -> Report:
+    """Kill servers until it is enough; every session must come to torch's parameters."""
+    random, enough = Random(effort.seed), Event()
+    killed: Counter[str] = Counter()
+    with (
+        tempfile.TemporaryDirectory(prefix="optserve-kills-") as folder,
+        ThreadPoolExecutor(_SESSIONS) as pool,
+    ):
+        lives = _Lives(folder)
+        training = [
+            pool.submit(_train, lives.address, durability, f"{effort.seed} {i}", enough)
+            for i, durability in enumerate(_DURABILITIES)
+        ]
+        try:
+            while killed.total() < effort.count and not any(each.done() for each in training):
+                killed[lives.kill(random.uniform(0, _LIFE_S))] += 1
+                effort.advance(1)
+                lives.begin(_failpoint(random))
+            lives.kill(0)  # The last one may have a failpoint left.
+            lives.begin("")
+        finally:
+            enough.set()
+            found = [each.result() for each in training]
+            lives.end()
+    verdicts = [verdict for each in found for verdict in each]
+    taken_back = sum(verdict.taken_back for verdict in verdicts)
+    return Report(
+        tried=killed.total(),
+        acknowledged=sum(verdict.acknowledged for verdict in verdicts),
+        lost=sum(verdict.lost for verdict in verdicts),
+        doubled=sum(verdict.doubled for verdict in verdicts),
+        notes=(
+            f"{len(verdicts)} sessions",
+            ", ".join(f"{count} {how}" for how, count in sorted(killed.items())),
+            f"{taken_back} taken back as agreed, at most {_ROLLBACK_STEPS} at a time",
+        ),
+        failures=tuple(failure for verdict in verdicts for failure in verdict.failures),
+    )
+
+
+def _failpoint(random: Random) -> str:
+    """Return where the next server kills itself; half of them do not."""
+    if random.random() < 0.5:
+        return ""
+    return f"{random.choice(_FAILPOINTS)}=kill@{random.randint(1, _REACHED_MAX)}"
+
+
+def _train(
+    address: str, durability: optserve.Durability, name: str, enough: Event
+) -> list[Verdict]:
+    """Train one session after the other; return what their histories prove."""
+    verdicts = []
+    with connected(address, _CONFIG) as client:
+        for number in itertools.count():
+            random = Random(f"{name} {number}")
+            workers = 1 if durability is _SNAPSHOT else random.choice([1, 2])
+            course = Course.of(random, sizes=[SMALL, MIDDLE], workers=workers, steps=_STEPS)
+            verdicts.append(_take(client, address, course, durability))
+            if enough.is_set():
+                break
+    return verdicts
+
+
+def _take(
+    client: optserve.Client, address: str, course: Course, durability: optserve.Durability
+) -> Verdict:
+    """Take a course to its end, and look at what has come of it."""
+    rollback_max = _ROLLBACK_STEPS if durability is _SNAPSHOT else 0
+    log: list[Entry] = []
+    first = create(client, course, durability)
+    with ExitStack() as stack, ThreadPoolExecutor(course.workers) as pool:
+        sessions = [first]
+        for worker in range(1, course.workers):
+            other = stack.enter_context(connected(address, _CONFIG))
+            sessions.append(other.join_session(first.session_id, worker=worker, via=course.via))
+        for attending in [
+            pool.submit(attend, session, course, worker, log)
+            for worker, session in enumerate(sessions)
+        ]:
+            attending.result()
+        for session in sessions:
+            session.close()
+    last = client.join_session(first.session_id)
+    if rollback_max:  # It may have gone back once more: now its worker knows.
+        log.append(Entry(worker=0, saw=Saw.TOLD, step=last.steps))
+    training = course.training(rollback_max=rollback_max)
+    verdict = judge(log, training, last.steps, tensors_of(last.parameters))
+    with suppress(optserve.SessionNotFoundError):  # An answer was lost with the server.
+        last.delete()
+    return verdict
