@@ -210,6 +210,21 @@ def test_a_journal_is_replaced_by_a_snapshot_before_it_is_too_large() -> None:
         assert torch.equal(server.driver.download(session_id)["w"], last)
 
 
+def test_changes_without_tensors_fill_no_disk_either() -> None:
+    most, name = 1 << 15, "n" * 250  # A change of the name writes down the whole spec.
+    with durable_server(limits=Limits(journal_bytes_max=most)) as server:
+        session_id = server.driver.create(durable_spec(JOURNAL), model()).status.session_id
+        first = server.disk.used_bytes
+        for number in range(400):
+            request = pb.UpdateSessionRequest(session_id=session_id, display_name=f"{number}{name}")
+            server.driver.update(request)
+        written = server.disk.used_bytes - first
+        disk = server.killed()
+    assert written < 8 * most  # As above.
+    with durable_server(disk) as server:
+        assert server.driver.get(session_id).spec.display_name == f"399{name}"
+
+
 def test_a_full_disk_refuses_the_step_and_takes_it_once_there_is_room() -> None:
     with durable_server() as server:
         session_id = server.driver.create(durable_spec(JOURNAL), model()).status.session_id

@@ -128,12 +128,12 @@ class Archive:
         record = to_record(change, sequence, self._surroundings.clock())
         failpoints.reach("change-unrecorded")
         try:
-            self._store.append(record)
+            byte_count = self._store.append(record)
         except StorageFullError as error:
             raise exhausted(error) from None
         except StorageFailedError as error:
             raise self._lost(error) from None
-        self._recorded_bytes += sum(tensor.nbytes for _, tensor in record.tensors)
+        self._recorded_bytes += byte_count
         failpoints.reach("change-recorded")
         if self.durability.fsync:
             self._syncing = self._store.commit()  # While the change is made.

@@ -129,7 +129,7 @@ class Observer(Protocol):
         """A session evaluated its loss."""
 
     def journal_written(self, byte_count: int) -> None:
-        """So many bytes of tensors were written to journals."""
+        """So many bytes were written to journals."""
 
     def journal_synced(self, seconds: float) -> None:
         """A change waited so long for stable storage after it had been made."""

@@ -169,10 +169,13 @@ class SessionStore(Protocol):
     def bytes_on_disk(self) -> int:
         """Size of the journal and the snapshots."""
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Record) -> int:
         """Write a record to the end of the journal: from now on it survives the process.
 
         The tensors are read before it returns, and not held.
+
+        Returns:
+            How many bytes it takes there, its facts included.
 
         Raises:
             StorageFullError: There is no room. Nothing was written, and the number is still free.

@@ -90,7 +90,7 @@ class Journal:
 
         return records(), reader.origins()
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Record) -> int:
         """Write a record behind the others; see SessionStore.append."""
         assert record.sequence == self._sequence + 1, "the session's numbers have no gaps"
         self._check_working()
@@ -108,6 +108,7 @@ class Journal:
         with self._lock:
             segment.byte_count += byte_count
             self._sequence = record.sequence
+        return byte_count
 
     def skip_to(self, sequence: int) -> None:
         """Go on behind ``sequence``, which a snapshot contains, if the journal has not come so far.

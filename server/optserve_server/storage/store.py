@@ -98,9 +98,9 @@ class LocalSessionStore:
         """See SessionStore."""
         return tree_bytes(self._disk, self._directory)
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Record) -> int:
         """See SessionStore."""
-        self._journal.append(record)
+        return self._journal.append(record)
 
     def commit(self) -> Future[None]:
         """See SessionStore."""

@@ -20,9 +20,7 @@ class DurabilityMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         """Show the metrics in ``registry``."""
         counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
-        self._journal_bytes = counter(
-            "optserve_journal_bytes_total", "Bytes of tensors written to journals."
-        )
+        self._journal_bytes = counter("optserve_journal_bytes_total", "Bytes written to journals.")
         self._sync_seconds = Histogram(
             "optserve_journal_sync_duration_seconds",
             "Time that a change waited for stable storage after it had been made.",
