@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.session_pb2 import Session, SessionStatus
 from optserve.v1.tensor_pb2 import TensorHeader
+from optserve_client._checkpoint_operations import CheckpointOperations
 from optserve_client._effects import Operation, ask
 from optserve_client._exchange import INLINE_BYTES_MAX
 from optserve_client._outages import Outages
@@ -65,6 +66,7 @@ class ClientOperations:
 
     def __init__(self, terms: Terms) -> None:
         self._terms = terms
+        self.checkpoints = CheckpointOperations(terms)
 
     def create_session(
         self,

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import AsyncIterator, Coroutine, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
@@ -20,11 +21,13 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
 import grpc
 from numpy.typing import ArrayLike
 
+from optserve.v1.checkpoint_pb2 import Checkpoint
 from optserve.v1.optimizer_service_pb2 import GetCatalogueResponse, GetServerInfoResponse
 from optserve.v1.session_pb2 import Session as SessionMessage
 from optserve.v1.session_pb2 import SessionStatus
 from optserve_client._asyncio import AsyncDriver
 from optserve_client._channel import Line, channel_options, stub_of
+from optserve_client._checkpoint_operations import CheckpointOperations
 from optserve_client._client_operations import ClientOperations, InitialValues, meet
 from optserve_client._credentials import channel_credentials, metadata_of
 from optserve_client._effects import Operation
@@ -170,6 +173,51 @@ class Client:
         """Make the server forget a session, and return where it stood."""
         return await self._driver.run(self._operations.delete_session(session_id))
 
+    async def checkpoints(
+        self, session_id: str | None = None, *, page_size: int = 0
+    ) -> AsyncIterator[Checkpoint]:
+        """Iterate over all checkpoints, or those of one session, the oldest first."""
+        token = ""
+        while True:
+            operations = self._operations.checkpoints
+            page = await self._driver.run(operations.page(session_id, page_size, token))
+            for checkpoint in page.checkpoints:
+                yield checkpoint
+            token = page.next_page_token
+            if not token:
+                return
+
+    def restore_checkpoint(
+        self,
+        session_id: str,
+        name: str,
+        *,
+        display_name: str | None = None,
+        worker: int = 0,
+        via: Via = "stream",
+        download: bool = True,
+    ) -> _Opening[Session]:
+        """Make a new session of a checkpoint, as ``optserve_client.Client.restore_checkpoint``."""
+        operation = self._operations.checkpoints.restore(
+            *(session_id, name),
+            display_name=display_name,
+            worker=worker,
+            via=via,
+            download=download,
+        )
+        return _Opening(self._open_session(operation, created=True))
+
+    async def download_checkpoint(
+        self, session_id: str, name: str, path: str | os.PathLike[str]
+    ) -> Checkpoint:
+        """Write a checkpoint to a file, as ``optserve_client.Client.download_checkpoint``."""
+        operation = self._operations.checkpoints.download(session_id, name, path)
+        return await self._driver.run(operation)
+
+    async def delete_checkpoint(self, session_id: str, name: str) -> Checkpoint:
+        """Delete a checkpoint, and return what it was."""
+        return await self._driver.run(self._operations.checkpoints.delete(session_id, name))
+
     async def catalogue(self) -> GetCatalogueResponse:
         """Ask for every optimizer, scheduler and loss, with their hyperparameters."""
         return await self._driver.run(self._operations.catalogue())
@@ -281,6 +329,11 @@ class Session(SessionView):
     async def download(self, names: Sequence[str] | None = None) -> Parameters:
         """Fetch values of parameters, as ``optserve_client.Session.download``."""
         return await self._driver.run(self._operations.download(names))
+
+    async def save_checkpoint(self, name: str) -> Checkpoint:
+        """Save the session under a name, as ``optserve_client.Session.save_checkpoint``."""
+        operations = CheckpointOperations(self._operations.terms)
+        return await self._driver.run(operations.save(self._operations.session_id, name))
 
     async def delete(self) -> SessionStatus:
         """Make the server forget the session, as ``optserve_client.Session.delete``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
@@ -9,6 +10,7 @@ from typing import Self, Unpack
 
 import grpc
 
+from optserve.v1.checkpoint_pb2 import Checkpoint
 from optserve.v1.optimizer_service_pb2 import GetCatalogueResponse, GetServerInfoResponse
 from optserve.v1.session_pb2 import Session as SessionMessage
 from optserve.v1.session_pb2 import SessionStatus
@@ -150,6 +152,88 @@ class Client:
             SessionNotFoundError: There is no such session.
         """
         return self._driver.run(self._operations.delete_session(session_id))
+
+    def checkpoints(
+        self, session_id: str | None = None, *, page_size: int = 0
+    ) -> Iterator[Checkpoint]:
+        """Iterate over all checkpoints, or those of one session, the oldest first.
+
+        Raises:
+            NoStorageError: The server keeps none.
+        """
+        token = ""
+        while True:
+            operations = self._operations.checkpoints
+            page = self._driver.run(operations.page(session_id, page_size, token))
+            yield from page.checkpoints
+            token = page.next_page_token
+            if not token:
+                return
+
+    def restore_checkpoint(
+        self,
+        session_id: str,
+        name: str,
+        *,
+        display_name: str | None = None,
+        worker: int = 0,
+        via: Via = "stream",
+        download: bool = True,
+    ) -> Session:
+        """Make a new session that goes on from a checkpoint, and take part in it.
+
+        As a context manager it is deleted at the end of the block, as one that was created.
+
+        Args:
+            session_id: Of the session that it was saved of, which stays as it is, or is gone.
+            name: Of the checkpoint.
+            display_name: Of the new session. None: that of the other one.
+            worker: Which of its workers to be, from 0.
+            via: How its steps travel.
+            download: Whether to fetch the parameters now.
+
+        Raises:
+            CheckpointNotFoundError: There is no such checkpoint.
+            SessionDamagedError: What the server has of it is not what it saved.
+            LimitError: There is no room for the session.
+            ParametersNotSetError: Not every parameter had a value; restore without ``download`` to
+                upload them.
+        """
+        operation = self._operations.checkpoints.restore(
+            *(session_id, name),
+            display_name=display_name,
+            worker=worker,
+            via=via,
+            download=download,
+        )
+        return Session(self._driver.run(operation), self._session_driver(), created=True)
+
+    def download_checkpoint(
+        self, session_id: str, name: str, path: str | os.PathLike[str]
+    ) -> Checkpoint:
+        """Write a checkpoint to a file of the safetensors format: whole, or not at all.
+
+        Its tensors are "parameters/<name>", and "optimizer/<name>/<torch's name>" for what the
+        optimizer keeps of a parameter; its metadata has the session's spec as JSON.
+
+        Args:
+            session_id: Of the session that it was saved of.
+            name: Of the checkpoint.
+            path: Of the file. What has the name already is replaced.
+
+        Raises:
+            CheckpointNotFoundError: There is no such checkpoint.
+            OSError: The file cannot be written.
+        """
+        return self._driver.run(self._operations.checkpoints.download(session_id, name, path))
+
+    def delete_checkpoint(self, session_id: str, name: str) -> Checkpoint:
+        """Delete a checkpoint, and return what it was.
+
+        Raises:
+            CheckpointNotFoundError: There is no such checkpoint.
+        """
+        return self._driver.run(self._operations.checkpoints.delete(session_id, name))
 
     def catalogue(self) -> GetCatalogueResponse:
         """Ask for every optimizer, scheduler and loss, with their hyperparameters."""

@@ -9,9 +9,11 @@ from typing import Self, Unpack
 
 from numpy.typing import ArrayLike
 
+from optserve.v1.checkpoint_pb2 import Checkpoint
 from optserve.v1.session_pb2 import Session as SessionMessage
 from optserve.v1.session_pb2 import SessionStatus
 from optserve_client._blocking import BlockingDriver
+from optserve_client._checkpoint_operations import CheckpointOperations
 from optserve_client._loss_operations import evaluate_loss, loss_points
 from optserve_client._session_operations import Gradients, SessionOperations
 from optserve_client._session_view import SessionView
@@ -202,6 +204,22 @@ class Session(SessionView):
                 belong to.
         """
         return self._driver.run(self._operations.download(names))
+
+    def save_checkpoint(self, name: str) -> Checkpoint:
+        """Save the session as it is between two steps, under a name; return what was saved.
+
+        It outlives the session: see ``Client.restore_checkpoint`` and
+        ``Client.download_checkpoint``. Saved once more where nothing has changed since, it is the
+        checkpoint that is there.
+
+        Raises:
+            CheckpointExistsError: The session has one of this name, of another state.
+            NoStorageError: The server keeps sessions in memory only.
+            LimitError: There are as many as allowed, or the server's disk is full. Nothing was
+                saved.
+        """
+        operations = CheckpointOperations(self._operations.terms)
+        return self._driver.run(operations.save(self._operations.session_id, name))
 
     def delete(self) -> SessionStatus:
         """Make the server forget the session, for everybody, and return where it stood.
