@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -129,6 +131,57 @@ def test_a_session_for_which_there_is_no_room_stays_parked_until_there_is() -> N
         assert _states(server)[session_id] == PARKED
         server.driver.delete(other)
         assert server.driver.get(session_id).status.steps == 2
+
+
+def test_what_changes_while_it_is_saved_is_not_parked_without_the_change() -> None:
+    with durable_server() as server, ThreadPoolExecutor(1) as pool:
+        session_id = _created(server, snapshots(1000))
+        stepped(server.driver, session_id, 1, 1)
+        writing, go = threading.Event(), threading.Event()
+
+        def wait(operation: str) -> None:
+            if operation.startswith("make ") and not writing.is_set():
+                writing.set()
+                assert go.wait(TIMEOUT_S)
+
+        server.disk.before = wait
+        parking = pool.submit(_park, server)
+        assert writing.wait(TIMEOUT_S)
+        stepped(server.driver, session_id, 2, 2)
+        go.set()
+        assert parking.result(TIMEOUT_S) == []
+        assert server.driver.get(session_id).status.steps == 2
+        assert _park(server) == [session_id]
+        stepped(server.driver, session_id, 3, 3)
+
+
+def test_a_session_is_not_parked_under_a_call_that_waits_until_it_is_saved() -> None:
+    with durable_server() as server, ThreadPoolExecutor(2) as pool:
+        session_id = _created(server, snapshots(1000))
+        stepped(server.driver, session_id, 1, 1)
+        # No room for a copy: the session is held while it is written.
+        budget = server.registry.budget
+        free = server.registry.limits.memory_bytes_max - budget.reserved_bytes
+        server.loop.call(lambda: budget.reserve(free, what="a test", field=""))
+        writing, go = threading.Event(), threading.Event()
+
+        def wait(operation: str) -> None:
+            if operation.startswith("make ") and not writing.is_set():
+                writing.set()
+                assert go.wait(TIMEOUT_S)
+
+        server.disk.before = wait
+        parking = pool.submit(_park, server)
+        assert writing.wait(TIMEOUT_S)
+        request = pb.UpdateSessionRequest(session_id=session_id, display_name="new")
+        update = pool.submit(server.driver.update, request)
+        lock = server.loop.run(server.registry.of("").find(session_id)).work.lock
+        while not server.loop.call(lambda: len(lock._waiters)):
+            time.sleep(0.001)
+        go.set()
+        assert update.result(TIMEOUT_S).spec.display_name == "new"
+        assert parking.result(TIMEOUT_S) == []
+        assert server.driver.get(session_id).spec.display_name == "new"
 
 
 def test_what_is_in_use_or_waits_for_others_or_is_in_memory_only_is_not_parked() -> None:

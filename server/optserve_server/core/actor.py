@@ -128,8 +128,8 @@ class SessionActor:
 
     @property
     def may_be_parked(self) -> bool:
-        """Whether nothing would be lost with the memory: no contribution waits for others."""
-        return self.archive is not None and not self._rounds.is_open
+        """Whether nothing would be lost with the memory: no contribution waits, and no change."""
+        return self.archive is not None and self.work.lock.is_free and not self._rounds.is_open
 
     def idle_s(self) -> float:
         """Return for how long nobody has used the session; 0 while a transfer or stream goes on."""

@@ -114,6 +114,11 @@ class Archive:
         return steps if self.journals else self._saved.steps
 
     @property
+    def is_saved(self) -> bool:
+        """Whether the session as it is now is in a snapshot, or has failed and cannot be."""
+        return self._session.failed or self._saved.sequence == self._session.sequence
+
+    @property
     def takes_steps_at_once(self) -> bool:
         """Whether a step may be made on the event loop: nothing is written, or waited for."""
         return not (self.journals or self._is_behind)

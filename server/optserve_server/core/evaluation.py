@@ -25,13 +25,13 @@ async def evaluate(
         OptserveError: It cannot be computed, or its point of the history cannot be kept.
     """
     actor.check_open()
-    actor.touch()
     session = actor.session
-    outcome = await actor.work.run(
-        lambda: session.evaluate(predictions, targets, with_gradient=with_gradient)
-    )
-    if split is not Split.NONE:
-        await _add_point(actor, split, outcome)
+    with actor.in_use():
+        outcome = await actor.work.run(
+            lambda: session.evaluate(predictions, targets, with_gradient=with_gradient)
+        )
+        if split is not Split.NONE:
+            await _add_point(actor, split, outcome)
     actor.surroundings.observer.loss_evaluated(
         LossEvaluated(
             session_id=actor.session_id,

@@ -280,7 +280,8 @@ class SessionRegistry:
         except OptserveError:
             return False  # It has been logged.
         gone = self._actors.get(actor.session_id) is not actor
-        if gone or not actor.may_be_parked or actor.idle_s() <= park_timeout_s:
+        changed = not (archive.is_saved and actor.may_be_parked)
+        if gone or changed or actor.idle_s() <= park_timeout_s:
             return False
         del self._actors[actor.session_id]
         await shelf.park(actor, self._leave(actor))
