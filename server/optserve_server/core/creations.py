@@ -69,7 +69,9 @@ class Creations:
 
     def forget(self, session_id: str) -> None:
         """Forget what has made a session, which is gone."""
-        if creation := self._by_session.pop(session_id, None):
+        creation = self._by_session.pop(session_id, None)
+        # Another one may have the id, of a session whose directory was copied to here.
+        if creation and self._by_key.get(_key(creation.request)) is creation:
             del self._by_key[_key(creation.request)]
 
     def _begin(

@@ -65,6 +65,20 @@ def test_who_comes_while_it_is_being_made_gets_the_same() -> None:
     _run(test)
 
 
+def test_sessions_of_one_request_that_were_brought_together_are_forgotten_one_by_one() -> None:
+    async def test(shop: Workshop) -> None:
+        shop.may_finish.set()
+        request = CreationRequest(tenant="", request_id="r", digest=b"c")
+        for session_id in ("one", "other"):
+            shop.creations.remember(request, session_id)
+        shop.creations.forget("one")
+        assert await shop.ask() == "other"
+        shop.creations.forget("other")
+        assert await shop.ask() == "session-0"
+
+    _run(test)
+
+
 def test_each_tenant_has_its_own_requests() -> None:
     async def test(shop: Workshop) -> None:
         shop.may_finish.set()
