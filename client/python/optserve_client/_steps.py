@@ -227,7 +227,9 @@ class StepWays:
 
     def _written(self, step: PendingStep, absent: Sequence[int]) -> Taking:
         """Take a step whose gradients are in shared memory, but for those at ``absent``."""
-        shared = exchanges.SharedStep(step.number, absent, self._drawn(step.number))
+        # Another digest is one of gradients that travelled, when there was no shared memory yet.
+        digest = step.digest if step.has_arrived else self._drawn(step.number)
+        shared = exchanges.SharedStep(step.number, absent, digest)
         yield from self._converse(step, shared)
         assert shared.result is not None
         return shared.result, self._shared.parameters
