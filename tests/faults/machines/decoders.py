@@ -1,4 +1,4 @@
-"""Everything that makes sense of a stranger's bytes, each with examples of what it takes.
+"""Everything that makes sense of strange bytes, each with examples of what it takes.
 
 A decoder takes bytes, or refuses them by the errors that it declares; whatever else it does is a
 fault. Where the same can be decoded in two ways, they must agree.
@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
+from faults.machines.stored import STORED
 from faults.machines.valid import SERVICE, requests
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
@@ -214,4 +215,5 @@ DECODERS: Mapping[str, Decoder] = {
     "expressions": Decoder(
         examples=[text.encode() for text in _EXPRESSIONS], take=_take_expression
     ),
+    **{name: Decoder(examples=examples, take=take) for name, (examples, take) in STORED.items()},
 }

@@ -16,7 +16,7 @@ MACHINES = (
         summary="bytes that are nearly right, for all that decodes what strangers send",
         unit="inputs",
         whole_count=800_000,
-        whole_s=120,
+        whole_s=300,
         test_count=10_000,
         run=decode,
     ),
