@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from server_process import running_server
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -33,6 +34,14 @@ def test_units_of_the_node_client(node: Path) -> None:
 def test_node_client_when_its_connection_breaks(node: Path, exam_address: str) -> None:
     files = [str(path) for path in sorted(node.glob("test/live/*.test.js"))]
     tests = run(node, "--test", *files, address=exam_address)
+    assert tests.returncode == 0, tests.stdout
+    assert re.search(r"^# pass [1-9]", tests.stdout, re.MULTILINE)
+
+
+def test_checkpoints_of_the_node_client(node: Path, tmp_path: Path) -> None:
+    files = [str(path) for path in sorted(node.glob("test/stored/*.test.js"))]
+    with running_server("--data-dir", str(tmp_path)) as server:
+        tests = run(node, "--test", *files, address=server.address)
     assert tests.returncode == 0, tests.stdout
     assert re.search(r"^# pass [1-9]", tests.stdout, re.MULTILINE)
 

@@ -4,8 +4,10 @@ import { isPassing } from './retry.js';
 
 /** @typedef {{[key: string]: any}} Message */
 /** @typedef {'createSession' | 'getSession' | 'listSessions' | 'updateSession' | 'deleteSession' | 'step' | 'endEpoch'
- *   | 'getContribution' | 'evaluateLoss' | 'listLossPoints' | 'getCatalogue' | 'getServerInfo'} UnaryMethod */
-/** @typedef {'downloadParameters' | 'train' | 'evaluateLossStream'} AnsweringMethod Those that answer with a stream. */
+ *   | 'getContribution' | 'evaluateLoss' | 'listLossPoints' | 'saveCheckpoint' | 'listCheckpoints' | 'restoreCheckpoint'
+ *   | 'deleteCheckpoint' | 'getCatalogue' | 'getServerInfo'} UnaryMethod */
+/** @typedef {'downloadParameters' | 'downloadCheckpoint' | 'train' | 'evaluateLossStream'} AnsweringMethod Those that
+ *   answer with a stream. */
 /** @typedef {import('./errors.js').OptserveError} OptserveError */
 /** @typedef {import('./retry.js').Retry} Retry */
 
@@ -206,6 +208,16 @@ export class Stream {
   /** @param {Iterable<Message>} messages */
   async writeAll(messages) {
     for (const message of messages) await this.write(message);
+  }
+
+  /** Take no more messages until `resume`: there is work to do with the last one. */
+  pause() {
+    this.#call.pause();
+  }
+
+  /** Take messages again. */
+  resume() {
+    this.#call.resume();
   }
 
   /** Say that nothing more will be written. */

@@ -3,6 +3,7 @@ import { randomUUID } from 'node:crypto';
 
 import { channelCredentials, refuseToTell, tokenCredentials } from './access.js';
 import { Calls } from './calls.js';
+import { deleted, downloaded, listed } from './checkpoint.js';
 import { decode, encode, OptimizerService } from './contract.js';
 import { MESSAGE_DATA_BYTES_MAX } from './framing.js';
 import { Retry, retryTerms } from './retry.js';
@@ -11,6 +12,7 @@ import { headerToMessage, tensorOf, tensorToMessage } from './tensor.js';
 import { SessionView, statusOf } from './view.js';
 
 /** @typedef {import('./types.js').Catalogue} Catalogue */
+/** @typedef {import('./types.js').Checkpoint} Checkpoint */
 /** @typedef {import('./types.js').ClientOptions} ClientOptions */
 /** @typedef {import('./types.js').NewSession} NewSession */
 /** @typedef {import('./types.js').ServerInfo} ServerInfo */
@@ -109,6 +111,52 @@ export class Client {
       yield* page.sessions.map(statusOf);
       pageToken = page.nextPageToken;
     } while (pageToken !== '');
+  }
+
+  /**
+   * List checkpoints, the oldest first, also of sessions that are gone.
+   *
+   * @param {{sessionId?: string, pageSize?: number}} [options] `sessionId`: left out, those of all sessions.
+   * @returns {AsyncGenerator<Checkpoint, void, void>}
+   */
+  checkpoints(options = {}) {
+    return listed(this.#calls, options);
+  }
+
+  /**
+   * Make a new session that goes on from a checkpoint; the one that it was saved of stays as it is, or is gone.
+   *
+   * @param {string} sessionId Of the session that it was saved of.
+   * @param {string} name
+   * @param {{displayName?: string, requestId?: string}} [options] `requestId` as in `createSession`.
+   * @returns {Promise<Session>}
+   */
+  async restoreCheckpoint(sessionId, name, { displayName, requestId = randomUUID() } = {}) {
+    const request = { sessionId, name, requestId, displayName };
+    return this.#sessionOf((await this.#calls.unary('restoreCheckpoint', request)).session);
+  }
+
+  /**
+   * Write a checkpoint to a file of the safetensors format: whole, or not at all.
+   *
+   * @param {string} sessionId Of the session that it was saved of.
+   * @param {string} name
+   * @param {string} path Of the file. What has the name already is replaced.
+   * @returns {Promise<Checkpoint>}
+   */
+  downloadCheckpoint(sessionId, name, path) {
+    return downloaded(this.#calls, { sessionId, name }, path);
+  }
+
+  /**
+   * Delete a checkpoint.
+   *
+   * @param {string} sessionId Of the session that it was saved of.
+   * @param {string} name
+   * @returns {Promise<Checkpoint>} What it was.
+   */
+  deleteCheckpoint(sessionId, name) {
+    return deleted(this.#calls, { sessionId, name });
   }
 
   /** List every optimizer, scheduler and loss with its hyperparameters. @returns {Promise<Catalogue>} */

@@ -19,6 +19,7 @@ export { Session } from './session.js';
 export { Worker } from './worker.js';
 
 /** @typedef {import('./types.js').Catalogue} Catalogue */
+/** @typedef {import('./types.js').Checkpoint} Checkpoint */
 /** @typedef {import('./types.js').ClientOptions} ClientOptions */
 /** @typedef {import('./types.js').Contribution} Contribution */
 /** @typedef {import('./types.js').DataType} DataType */

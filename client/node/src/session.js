@@ -1,4 +1,5 @@
 /** A session on the server: one model being trained. */
+import { checkpointOf } from './checkpoint.js';
 import { decode, encode } from './contract.js';
 import { decodedFromMessage, encodingOf } from './encoded.js';
 import { SessionError } from './errors.js';
@@ -18,6 +19,7 @@ import { contributionOf, stepResultOf } from './view.js';
 import { Worker } from './worker.js';
 
 /** @typedef {import('./calls.js').Calls} Calls */
+/** @typedef {import('./types.js').Checkpoint} Checkpoint */
 /** @typedef {import('./types.js').Contribution} Contribution */
 /** @typedef {import('./types.js').LossInput} LossInput */
 /** @typedef {import('./types.js').LossOutcome} LossOutcome */
@@ -231,6 +233,18 @@ export class Session {
       points.push(...decode('ListLossPointsResponse', page).points);
     } while (page.nextPageToken !== '');
     return { points, forgotten: page.forgotten };
+  }
+
+  /**
+   * Save the session as it is between two steps, under a name: see `Client.restoreCheckpoint`. Where nothing has changed
+   * since it was saved under that name, the answer is the checkpoint that is there.
+   *
+   * @param {string} name
+   * @returns {Promise<Checkpoint>}
+   */
+  async saveCheckpoint(name) {
+    const answer = await this.#calls.unary('saveCheckpoint', { sessionId: this.id, name });
+    return checkpointOf(answer.checkpoint);
   }
 
   /** Forget the session on the server. @returns {Promise<SessionStatus>} Where it stood. */

@@ -3,6 +3,7 @@
 
 import type { ChannelCredentials, ChannelOptions } from '@grpc/grpc-js';
 import type { Timestamp__Output } from '../generated/google/protobuf/Timestamp.js';
+import type { Checkpoint__Output } from '../generated/optserve/v1/Checkpoint.js';
 import type { DataType__Output } from '../generated/optserve/v1/DataType.js';
 import type { Encoding__Output } from '../generated/optserve/v1/Encoding.js';
 import type { GetCatalogueResponse__Output } from '../generated/optserve/v1/GetCatalogueResponse.js';
@@ -113,6 +114,9 @@ export type NewSession = Omit<Taken<SessionSpec>, 'parameters'> & {
 
 /** What to change in a running session. */
 export type SessionChange = Omit<Taken<Given<UpdateSessionRequest__Output>>, 'sessionId'>;
+
+/** A session as it was between two steps, under a name. */
+export type Checkpoint = Given<Checkpoint__Output>;
 
 /** Where a session stands; `rates` are the learning rates that the next step will use, by group. */
 export type SessionStatus = Omit<Given<SessionStatus__Output>, 'rates'> & {

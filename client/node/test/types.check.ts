@@ -21,6 +21,10 @@ export async function check(client: Client): Promise<void> {
   const { applied, digest, result } = await session.getContribution(1);
   const norm: number | undefined = result?.gradientNorm;
   console.log(applied, digest.length, norm, (await session.resume()).parameters.w?.shape);
+  const { name, createTime } = await session.saveCheckpoint('best');
+  const fork = await client.restoreCheckpoint(session.id, name, { displayName: 'a fork' });
+  for await (const each of client.checkpoints({ sessionId: fork.id })) console.log(each.steps);
+  console.log(createTime?.getTime());
   connect('localhost:1', { tls: { ca: 'pem' }, token: async () => 'token', retry: { jitter: 1 } });
 
   // @ts-expect-error Patience that there is not.
