@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 from drivers import reopened, take
+from event_loop import TIMEOUT_S
 from faults.disks import MemoryDisk
 from faults.durable import (
     FSYNC,
@@ -223,6 +226,33 @@ def test_changes_without_tensors_fill_no_disk_either() -> None:
     assert written < 8 * most  # As above.
     with durable_server(disk) as server:
         assert server.driver.get(session_id).spec.display_name == f"399{name}"
+
+
+def test_memory_of_a_change_is_counted_though_its_caller_has_gone() -> None:
+    with durable_server() as server:
+        wanted = spec(SGD(lr=0.1))
+        wanted.durability.CopyFrom(JOURNAL)
+        session_id = server.driver.create(wanted, model()).status.session_id
+        before = server.driver.get(session_id).status.reserved_bytes
+        writing, go = threading.Event(), threading.Event()
+
+        def wait(operation: str) -> None:
+            if operation.startswith("create ") and not writing.is_set():
+                writing.set()
+                assert go.wait(TIMEOUT_S)
+
+        server.disk.before = wait
+        momentum = Optimizer(sgd=SGD(momentum=0.9))
+        call = server.driver.stub.UpdateSession.future(
+            pb.UpdateSessionRequest(session_id=session_id, optimizer=momentum)
+        )
+        assert writing.wait(TIMEOUT_S)
+        call.cancel()
+        time.sleep(0.1)  # Until the server has heard of it.
+        go.set()
+        server.driver.download(session_id)  # Between two changes.
+        reserved_bytes = server.driver.get(session_id).status.reserved_bytes
+        assert server.registry.budget.reserved_bytes == reserved_bytes > before
 
 
 def test_a_full_disk_refuses_the_step_and_takes_it_once_there_is_room() -> None:

@@ -18,6 +18,7 @@ from optserve_server.core.resolve import check_fixed
 from optserve_server.core.session import Session
 from optserve_server.core.spec import Choice, GroupSpec, SessionSpec, Value
 from optserve_server.core.tenant import TenantRegistry
+from optserve_server.core.work import to_its_end
 from optserve_server.rpc import decode, decode_spec, encode
 
 
@@ -44,8 +45,13 @@ async def update(request: UpdateSessionRequest, registry: TenantRegistry) -> Ses
     async with actor.writing() as session:
         plan = await actor.work.run(lambda: _plan(request, session, device, limits))
         encode.check_fits(plan.spec, limits, "loss")
-        with registry.resized(actor, plan.reserved_bytes):
-            await actor.make(lambda: session.change(plan.spec, plan.rates_set))
+
+        async def make() -> None:
+            with registry.resized(actor, plan.reserved_bytes):
+                await actor.make(lambda: session.change(plan.spec, plan.rates_set))
+
+        # Also if the call is cancelled: what has changed has its memory.
+        await to_its_end(actor.work.spawn(make()))
     return actor
 
 
