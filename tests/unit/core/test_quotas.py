@@ -50,8 +50,8 @@ def _tenants(limits: Limits) -> Iterator[Tenants]:
         yield Tenants(loop, registry)
 
 
-def _spec(**settings: float) -> SessionSpec:
-    wanted = spec(SGD(**settings), parameters={"w": torch.zeros(LARGE)})
+def _spec(optimizer: SGD | None = None) -> SessionSpec:
+    wanted = spec(optimizer or SGD(), parameters={"w": torch.zeros(LARGE)})
     return session_spec(wanted, Limits())
 
 
@@ -101,5 +101,5 @@ def test_what_the_server_has_not_is_not_counted_as_the_tenant_s() -> None:
 def test_a_session_that_torch_does_not_take_is_no_tenant_s() -> None:
     with _tenants(Limits(tenant_sessions_max=1)) as tenants:
         with pytest.raises(CallerError):
-            tenants.create("a", _spec(momentum=0.0, dampening=0.5, nesterov=True))
+            tenants.create("a", _spec(SGD(momentum=0.0, dampening=0.5, nesterov=True)))
         tenants.create("a", _spec())
