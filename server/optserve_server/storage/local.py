@@ -281,6 +281,10 @@ def _prepare(disk: Disk) -> None:
         for entry in disk.entries(parent):
             if not is_finished(entry.name):
                 remove_tree(disk, f"{parent}/{entry.name}")
+    # A process that was killed may have left names that only the system knows. Whoever finds them
+    # relies on them, and so they must survive a loss of power from now on.
+    for directory in ("", SESSIONS, CHECKPOINTS):
+        disk.sync_directory(directory)
 
 
 def _checkpoint(owner: Owner, manifest: Manifest, byte_count: int) -> Checkpoint:
