@@ -143,6 +143,8 @@ class LocalSessionStore:
             for entry in entries:
                 if entry.name.endswith(UNFINISHED) and entry.is_directory:
                     remove_tree(self._disk, f"{self._directory}/{entry.name}")
+            # What a killed process has renamed is relied on from now on, also by durable_steps.
+            self._disk.sync_directory(self._directory)
         skipped: list[SkippedSnapshot] = []
         for sequence in snapshots_in(entries):
             try:
