@@ -42,7 +42,18 @@ class Node:
         self.changes.append((byte_count, None))
 
     def sync(self) -> None:
-        """Make it stable."""
+        """Make stable what has changed since the last time, and nothing that was lost before."""
+        stable = bytearray(self.stable)
+        for offset, piece in self.changes:
+            if piece is None:
+                del stable[offset:]
+            else:
+                _put(stable, offset, piece)
+        self.stable = bytes(stable)
+        self.changes.clear()
+
+    def settle(self) -> None:
+        """Make all stable that can be read now."""
         self.stable = bytes(self.data)
         self.changes.clear()
 
@@ -64,7 +75,7 @@ class Node:
             else:
                 _put(data, offset, piece)
         self.data = data
-        self.sync()
+        self.settle()
 
 
 class Directory:
@@ -224,13 +235,13 @@ class MemoryDisk:
         """Flip bits of a byte, on stable storage, too."""
         node = self._node(path)
         node.data[offset] ^= mask
-        node.sync()
+        node.settle()
 
     def overwrite(self, path: str, data: bytes) -> None:
         """Put other bytes into the place of a file's."""
         node = self._node(path)
         node.data = bytearray(data)
-        node.sync()
+        node.settle()
 
     def lock(self) -> None:
         """See Disk."""

@@ -35,6 +35,8 @@ from optserve_server.storage.segment import (
 
 _logger = logging.getLogger(__name__)
 
+_AGAIN_BYTES = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class BytesSource:
@@ -97,6 +99,7 @@ class JournalReader:
         # The last one that may hold the next record, and what follows. The others are older.
         begin = sum(segment.first <= after + 1 for segment in segments) - 1
         self._begin = max(begin, 0)
+        self._durable = after  # No snapshot is ahead of its journal on stable storage.
 
     def origins(self) -> frozenset[Origin]:
         """Return who wrote the records behind the snapshot."""
@@ -123,10 +126,38 @@ class JournalReader:
                 with translated(segment.path):
                     self._disk.remove(segment.path)
                 del self.segments[position]
+        self._write_again()
         if self.segments:
             directory = self.segments[0].path.rpartition("/")[0]
             with translated(directory):
                 self._disk.sync_directory(directory)
+
+    def _write_again(self) -> None:
+        """Write once more what may be nowhere but in the system's memory, and sync it.
+
+        What a failed sync could not write is shown as if it had been written, and no later sync
+        writes it. Records that a later one calls synced are not concerned; nor is what another boot
+        has left, which comes from the disk.
+        """
+        for position in range(self._begin, len(self.segments)):
+            behind = self.segments[position + 1 :]
+            if behind and behind[0].first <= self._durable + 1:
+                continue
+            with self._opened(position) as file:
+                header, offset = read_header(file)
+                if header.boot != self._disk.boot:
+                    continue
+                expected = header.first
+                if expected > self._durable:
+                    offset = 0
+                while (head := _head(file, offset, expected)) and expected <= self._durable:
+                    offset += head.byte_count
+                    expected += 1
+                for begin in range(offset, file.size(), _AGAIN_BYTES):
+                    piece = memoryview(bytearray(min(_AGAIN_BYTES, file.size() - begin)))
+                    file.read_at(begin, piece)
+                    file.write_at(begin, [piece])
+                file.sync()
 
     def _header(self, position: int) -> Header | None:
         """Return the header of a segment, unless it is damaged."""
@@ -179,6 +210,7 @@ class JournalReader:
         while True:
             head = _head(file, offset, expected)
             if head is not None and head.sequence > self._after:
+                self._durable = max(self._durable, head.durable)
                 data = read_body(file, offset, head)
                 if data is None:
                     head = None

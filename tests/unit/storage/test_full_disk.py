@@ -139,6 +139,34 @@ def test_failed_sync_ends_the_store_and_what_was_committed_is_there() -> None:
     assert restored(disk, "07e5") == (0, 1)
 
 
+@pytest.mark.parametrize("segment_bytes", [1, 1 << 20], ids=["apart", "together"])
+def test_record_that_a_failed_sync_has_left_in_memory_only_is_written_again(
+    segment_bytes: int,
+) -> None:
+    disk = MemoryDisk()
+    storage = stored(disk, segment_bytes_max=segment_bytes)
+    store = begun(storage)
+    append(store, 1)
+    commit(store)
+    append(store, 1)
+
+    def fail(operation: str) -> None:
+        if operation.startswith("sync") and operation.endswith(".log"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    disk.before = fail
+    with pytest.raises(StorageFailedError):
+        commit(store)
+    disk.restart()
+    storage = stored(disk)
+    store = storage.open(SESSION)
+    assert load(store) == (0, 2)  # The system shows it, and takes it for written.
+    append(store, 1)
+    commit(store)
+    disk.lose_power()
+    assert restored(disk) == (0, 3)
+
+
 def test_store_that_is_closed_takes_nothing_and_may_be_closed_again() -> None:
     disk = MemoryDisk()
     storage = stored(disk)
