@@ -25,6 +25,7 @@ from optserve_server.core.errors import OptserveError
 from optserve_server.core.evaluation import evaluate
 from optserve_server.core.events import NullObserver
 from optserve_server.core.limits import Limits
+from optserve_server.core.persistence import Persistence
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.surroundings import Overlap, Surroundings
 from optserve_server.core.tenant import DEFAULT_TENANT, TenantRegistry
@@ -36,7 +37,10 @@ _T = TypeVar("_T")
 
 @contextmanager
 def registry_on(
-    loop: EventLoopThread, limits: Limits, overlap: Overlap = Overlap.AUTO
+    loop: EventLoopThread,
+    limits: Limits,
+    overlap: Overlap = Overlap.AUTO,
+    persistence: Persistence | None = None,
 ) -> Iterator[SessionRegistry]:
     """Make a registry of sessions whose events happen on ``loop``."""
     with ThreadPoolExecutor(4) as executor:
@@ -46,6 +50,7 @@ def registry_on(
             clock=time.time,
             observer=NullObserver(),
             overlap=overlap,
+            persistence=persistence,
         )
         yield loop.call(lambda: SessionRegistry(limits, surroundings))
 

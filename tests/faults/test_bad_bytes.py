@@ -10,6 +10,7 @@ import pytest
 import torch
 from drivers_grpc import StubDriver
 from event_loop import TIMEOUT_S
+from faults.ground import OF_CHECKPOINTS
 from faults.http2 import MIB, call, framed, gzip_bomb
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message_factory import GetMessageClass
@@ -27,7 +28,7 @@ METHODS = {method.name: method for method in SERVICE.methods}
 OF_A_SESSION = {
     name: method
     for name, method in METHODS.items()
-    if "session_id" in method.input_type.fields_by_name
+    if "session_id" in method.input_type.fields_by_name and name not in OF_CHECKPOINTS
 }
 OF_CHUNKS = {
     name: method for name, method in METHODS.items() if "chunks" in method.input_type.fields_by_name

@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from drivers import take
 from drivers_core import registry_on
 from drivers_grpc import StubDriver
 from event_loop import TIMEOUT_S, EventLoopThread
-from faults.machines.valid import SERVICE, requests
+from faults.disks import MemoryDisk
+from faults.durable import HERE
+from faults.machines.valid import CHECKPOINT, SERVICE, requests
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from scenarios.models import B_GROUP, gradients, model, spec
@@ -27,10 +30,14 @@ from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.loss_pb2 import CrossEntropyLoss
 from optserve.v1.optimizer_pb2 import Adam
 from optserve_server.core.limits import Limits
+from optserve_server.core.persistence import Persistence
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.rpc.server import Server
+from optserve_server.storage.local import LocalStorage
 
 METHODS = sorted(SERVICE.methods_by_name)
+DELETIONS = ("DeleteCheckpoint", "DeleteSession")
+CREATIONS = ("CreateSession", "RestoreCheckpoint")
 SHORT_S = 0.1  # For the server to be in the middle of a call.
 TIMES = 3  # What is left behind once may be kept for the next time; what grows is lost.
 
@@ -80,11 +87,14 @@ class Where:
         return begin(messages, timeout=timeout_s)
 
     def create(self) -> str:
-        """Create a session that has stepped."""
+        """Create a session that has stepped, and been saved."""
         wanted = spec(Adam(lr=0.1), groups=[B_GROUP], loss=CrossEntropyLoss())
         session_id: str = self.driver.create(wanted, model()).status.session_id
         with self.driver.worker(session_id) as worker:
             take(worker, 1, gradients(1))
+        self.driver.stub.SaveCheckpoint(
+            pb.SaveCheckpointRequest(session_id=session_id, name=CHECKPOINT), timeout=TIMEOUT_S
+        )
         return session_id
 
 
@@ -109,7 +119,11 @@ def where() -> Iterator[Where]:
 
 def _served(stack: ExitStack) -> Where:
     loop = stack.enter_context(EventLoopThread())
-    registry = stack.enter_context(registry_on(loop, Limits()))
+    executor = stack.enter_context(ThreadPoolExecutor(2))
+    storage = LocalStorage(MemoryDisk(), HERE)
+    stack.callback(storage.close)
+    persistence = Persistence(storage=storage, executor=executor, origin=HERE)
+    registry = stack.enter_context(registry_on(loop, Limits(), persistence=persistence))
     server = loop.call(lambda: Server(registry))
     address = loop.run(server.start("127.0.0.1", 0))
     stack.callback(lambda: loop.run(server.stop(0)))
@@ -141,6 +155,9 @@ def _end_well(where: Where, method: str, messages: list[bytes]) -> None:
     if method == "CreateSession":
         created = pb.CreateSessionResponse.FromString(answers[0])
         where.driver.delete(created.session.status.session_id)
+    elif method == "RestoreCheckpoint":
+        restored = pb.RestoreCheckpointResponse.FromString(answers[0])
+        where.driver.delete(restored.session.status.session_id)
 
 
 def _end_by_cancel(where: Where, method: str, messages: list[bytes]) -> None:
@@ -182,7 +199,7 @@ def test_a_call_leaves_nothing_behind(
     where.create()  # So that there is one of everything before.
     session_id = where.create()
     empty = where.holdings()
-    gone = method == "DeleteSession" and end is not _end_by_error
+    gone = method in DELETIONS and end is not _end_by_error
     for _ in range(1 if gone else TIMES):
         end(where, method, _messages(method, session_id))
     reserved = {each.session_id: each.reserved_bytes for each in where.driver.sessions().sessions}
@@ -211,7 +228,7 @@ def test_a_request_is_let_go_with_its_call(
     gc.collect()
     gc.disable()
     try:
-        for _ in range(1 if method == "DeleteSession" else TIMES):
+        for _ in range(1 if method in DELETIONS else TIMES):
             end(where, method, messages)
         deadline = time.monotonic() + TIMEOUT_S / 6
         while alive := [each for each in gc.get_objects() if type(each) is kind]:
@@ -235,7 +252,7 @@ def test_a_server_that_stops_in_the_middle_of_every_call_leaves_nothing_behind()
             calls = []
             reserved_bytes = 0
             # The others make and unmake what is counted, even in their last moment.
-            for method in sorted({*METHODS} - {"CreateSession", "DeleteSession"}):
+            for method in sorted({*METHODS} - {*DELETIONS, *CREATIONS}):
                 session_id = where.create()
                 reserved_bytes += where.driver.get(session_id).status.reserved_bytes
                 messages = _messages(method, session_id)

@@ -20,6 +20,8 @@
     │   ├── SessionDamagedError             the server's disk has lost it: it can only be deleted
     │   ├── JournalForeignError             another torch, or device, must replay its journal
     │   ├── NoStorageError                  the server keeps sessions in memory only
+    │   ├── CheckpointNotFoundError         there is no such checkpoint
+    │   ├── CheckpointExistsError           the name is that of a checkpoint of another state
     │   ├── SessionFailedError              it can only be deleted
     │   ├── ParametersNotSetError           not every parameter has a value
     │   ├── LossNotSetError                 it has no loss to evaluate

@@ -71,9 +71,9 @@ class TenantRegistry:
         """Forget a session of this tenant; see SessionRegistry.delete."""
         return await self._registry.delete(self.tenant, session_id)
 
-    async def save_checkpoint(self, session_id: str, name: str) -> Saved:
+    async def save_checkpoint(self, actor: SessionActor, name: str) -> Saved:
         """Save a session of this tenant; see Checkpoints.save."""
-        return await self._checkpoints.save(await self.find(session_id), name)
+        return await self._checkpoints.save(actor, name)
 
     async def checkpoint_page(
         self, session_id: str, *, after: int, count: int

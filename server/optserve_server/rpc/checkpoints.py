@@ -38,8 +38,9 @@ async def save(
     Raises:
         OptserveError: It cannot be saved, or not under this name. Nothing was changed.
     """
+    actor = await registry.find(request.session_id)
     decode.check_name(request.name, registry.limits, "name")
-    saved = await registry.save_checkpoint(request.session_id, request.name)
+    saved = await registry.save_checkpoint(actor, request.name)
     _log("checkpoint saved", saved, registry)
     return pb.SaveCheckpointResponse(checkpoint=_checkpoint(saved))
 

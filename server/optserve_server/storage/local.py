@@ -214,10 +214,13 @@ class LocalStorage:
         return any(entry.name == name for entry in self._disk.entries(parent))
 
     def _checkpoint_path(self, key: CheckpointKey) -> str:
+        missing = NotStoredError(f"session {key.session_id!r} has no checkpoint {key.name!r}")
+        if not _SESSION_ID.fullmatch(key.session_id):  # Anything: callers ask for what they like.
+            raise missing
         path = checkpoint_directory(key)
         with translated(path):
             if not self._is_there(*path.split("/")):
-                raise NotStoredError(f"session {key.session_id} has no checkpoint {key.name!r}")
+                raise missing
         return path
 
     def _delete(self, path: str) -> None:

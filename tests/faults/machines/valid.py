@@ -20,6 +20,9 @@ from optserve.v1.tensor_pb2 import ENCODING_BF16, ENCODING_INT8_BLOCKS
 
 SERVICE = pb.DESCRIPTOR.services_by_name["OptimizerService"]
 
+CHECKPOINT = "best"
+"""Name of the checkpoint that requests name."""
+
 _PREDICTIONS, _TARGETS = torch.eye(4), torch.arange(4)
 _CHOSEN_LOSS = Loss(cross_entropy_loss=CrossEntropyLoss())
 
@@ -55,6 +58,14 @@ def requests(session_id: str) -> Mapping[str, Sequence[Message]]:
                 session_id=session_id, split=SPLIT_TRAIN, page_size=1, page_token="1"
             )
         ],
+        "SaveCheckpoint": [pb.SaveCheckpointRequest(session_id=session_id, name=CHECKPOINT)],
+        "RestoreCheckpoint": [
+            pb.RestoreCheckpointRequest(session_id=session_id, name=CHECKPOINT, display_name="b")
+        ],
+        "DownloadCheckpoint": [
+            pb.DownloadCheckpointRequest(session_id=session_id, name=CHECKPOINT)
+        ],
+        "DeleteCheckpoint": [pb.DeleteCheckpointRequest(session_id=session_id, name=CHECKPOINT)],
         "GetCatalogue": [pb.GetCatalogueRequest()],
         "GetServerInfo": [pb.GetServerInfoRequest()],
     }
