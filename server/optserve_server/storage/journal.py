@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -158,8 +159,7 @@ class Journal:
             if synced.directory is not None and self._file in synced.files:
                 self._names_unsynced = False  # Else there is a newer name, which came too late.
             self._unsynced = [file for file in self._unsynced if file not in synced.sealed]
-        for file in synced.sealed:
-            file.close()
+        _let_go(synced.sealed)
 
     def prune(self, after: int) -> None:
         """Remove the segments whose records all have a number of at most ``after``."""
@@ -180,8 +180,7 @@ class Journal:
             with self._lock:
                 files, self._unsynced, self._file = self._unsynced, [], None
                 self._failure = self._failure or StorageFailedError(f"{self._directory} is closed")
-            for file in files:
-                file.close()
+            _let_go(files)
 
     @property
     def _is_synced(self) -> bool:
@@ -232,3 +231,10 @@ class Journal:
         with translated(segment.path):
             file.truncate(segment.byte_count)
         self._torn = False
+
+
+def _let_go(files: Sequence[File]) -> None:
+    """Close files that have been synced: what closing tells on a network's disk is no news."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            file.close()

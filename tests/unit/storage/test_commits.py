@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +12,8 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from faults.disks import MemoryDisk
-from unit.storage.sessions import ORIGIN, append, begun, load, restored
+from faults.disks import MemoryDisk, MemoryFile
+from unit.storage.sessions import ORIGIN, append, begun, commit, load, restored
 
 from optserve_server.core.storage import StorageFailedError
 from optserve_server.storage.disk import File, LocalDisk
@@ -73,8 +74,8 @@ def test_sessions_that_wait_for_the_disk_share_the_next_sync(disk: SlowDisk) -> 
     later.append(stores[0].commit())
     for _ in range(2):
         disk.go.release()
-    for commit in later:
-        commit.result(timeout=30)
+    for each in later:
+        each.result(timeout=30)
     assert [store.durable_sequence for store in stores] == [2, 1, 1, 1]
     assert disk.groups[0] == ["a"]
     assert disk.groups[1][:3] == ["b", "c", "d"]  # And "a", if it came before they began.
@@ -84,10 +85,10 @@ def test_whoever_stops_waiting_stops_nobody_else(disk: SlowDisk) -> None:
     storage = LocalStorage(disk, ORIGIN)
     store = begun(storage)
     append(store, 1)
-    commit = store.commit()
-    assert not commit.cancel()
+    waiting = store.commit()
+    assert not waiting.cancel()
     disk.go.release()
-    commit.result(timeout=30)
+    waiting.result(timeout=30)
 
 
 def test_failed_sync_is_told_to_those_whose_it_was(disk: SlowDisk) -> None:
@@ -120,6 +121,24 @@ def test_segment_that_begins_under_a_commit_is_there_after_a_power_loss() -> Non
     assert store.durable_sequence == 2
     disk.lose_power()
     assert restored(disk) == (0, 2)
+
+
+def test_file_that_cannot_be_closed_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = LocalStorage(MemoryDisk(), ORIGIN, segment_bytes_max=1)
+    store, other = begun(storage, "a"), begun(storage, "b")
+    append(store, 1)
+    commit(store)
+
+    def close(file: MemoryFile) -> None:
+        file.closed = True
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))  # As NFS does.
+
+    monkeypatch.setattr(MemoryFile, "close", close)
+    append(store, 1)
+    commit(store)
+    append(other, 1)
+    commit(other)
+    store.close()
 
 
 def test_fault_of_ours_leaves_nobody_waiting(disk: SlowDisk) -> None:
