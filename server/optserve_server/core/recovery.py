@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from optserve_server.core.admission import session_bytes
@@ -18,6 +19,7 @@ from optserve_server.core.state import StateVersionError, to_state
 from optserve_server.core.storage import (
     DamagedError,
     Loaded,
+    Record,
     RecordKind,
     SessionStore,
     StorageVersionError,
@@ -66,14 +68,8 @@ def _recover(
         _check_origin(loaded, persistence)
         state = to_state(loaded.snapshot)
         about: Read = loaded.snapshot.facts["about"]
-        stepped_s = about["stepped_s"]
         session = Session.restored(state, device, limits)
-        for record in loaded.records:
-            time_s = replay(session, record)
-            if record.kind is RecordKind.STEP:
-                stepped_s = time_s
-            if session.failed:
-                break
+        stepped_s = _replay(session, loaded.records, about["stepped_s"])
     except (StorageVersionError, StateVersionError, SpecVersionError) as error:
         raise JournalForeignError(
             "a newer version of the server wrote the session; nothing is lost: start that one",
@@ -92,6 +88,33 @@ def _recover(
         byte_count=session_bytes(session.spec, device.torch),
         is_foreign=bool(loaded.origins - {persistence.origin}),
     )
+
+
+def _replay(session: Session, records: Iterable[Record], stepped_s: float | None) -> float | None:
+    """Make all changes again; return when the last step was made first, ``stepped_s`` if none was.
+
+    A last step that torch fails in, as it did then, was not acknowledged: the session comes back
+    failed, as it was.
+
+    Raises:
+        Exception: As of replay(). A step that had been made, and fails now, is this server's
+            trouble and not the session's.
+    """
+    failure: Exception | None = None
+    for record in records:
+        is_step = record.kind is RecordKind.STEP
+        if failure and is_step:
+            raise failure
+        try:
+            time_s = replay(session, record)
+        except Exception as error:
+            if failure or not session.failed:
+                raise
+            _LOGGER.exception("a step fails again", extra={"record": record.sequence})
+            failure = error
+        else:
+            stepped_s = time_s if is_step else stepped_s
+    return stepped_s
 
 
 def _check_origin(loaded: Loaded, persistence: Persistence) -> None:
