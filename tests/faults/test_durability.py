@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from collections.abc import Iterator
@@ -14,12 +13,10 @@ from event_loop import TIMEOUT_S
 from faults.disks import MemoryDisk
 from faults.durable import (
     FSYNC,
-    HERE,
     JOURNAL,
     DurableServer,
     durable_server,
     durable_spec,
-    paths,
     see,
     snapshots,
     stepped,
@@ -33,7 +30,6 @@ from optserve.v1.optimizer_pb2 import SGD, Adam, Optimizer
 from optserve.v1.session_pb2 import Durability, DurabilityMode, LossPoint, SessionState, Split
 from optserve_server.core.limits import Limits
 
-ELSEWHERE = dataclasses.replace(HERE, torch="1.0.0")
 STEPS = 3
 """How many steps a course has."""
 
@@ -253,116 +249,6 @@ def test_memory_of_a_change_is_counted_though_its_caller_has_gone() -> None:
         server.driver.download(session_id)  # Between two changes.
         reserved_bytes = server.driver.get(session_id).status.reserved_bytes
         assert server.registry.budget.reserved_bytes == reserved_bytes > before
-
-
-def test_a_full_disk_refuses_the_step_and_takes_it_once_there_is_room() -> None:
-    with durable_server() as server:
-        session_id = server.driver.create(durable_spec(JOURNAL), model()).status.session_id
-        stepped(server.driver, session_id, 1, 1)
-        before = see(server.driver, session_id)
-        server.disk.capacity = server.disk.used_bytes
-        for _ in range(2):
-            with refused("STORAGE_FULL", field="session_id"):
-                stepped(server.driver, session_id, 2, 2)
-            with refused("STORAGE_FULL", field="session_id"):
-                server.driver.end_epoch(session_id, 1)
-            with refused("STORAGE_FULL", field="session_id"):
-                server.driver.upload(session_id, {"b": torch.ones(5)})
-            with refused("STORAGE_FULL", field="spec.durability"):
-                server.driver.create(durable_spec(JOURNAL), model())
-            assert see(server.driver, session_id) == before
-        assert len(server.driver.sessions().sessions) == 1
-        server.disk.capacity = 1 << 40
-        expected = stepped(server.driver, session_id, 2, 3)
-        disk = server.killed()
-    with durable_server(disk) as server:
-        assert stepped(server.driver, session_id, 3, 3) == expected
-
-
-def test_snapshots_that_find_no_room_hold_the_session_before_more_is_lost_than_was_agreed() -> None:
-    with durable_server() as server:
-        session_id = server.driver.create(durable_spec(snapshots(4)), model()).status.session_id
-        stepped(server.driver, session_id, 1, 1)
-        server.disk.capacity = server.disk.used_bytes
-        stepped(server.driver, session_id, 2, 4)
-        with refused("STORAGE_FULL", field="session_id"):
-            stepped(server.driver, session_id, 5, 5)
-        server.disk.capacity = 1 << 40
-        stepped(server.driver, session_id, 5, 9)
-
-
-def test_a_disk_that_fails_ends_the_session_and_a_restart_brings_back_what_was_acknowledged() -> (
-    None
-):
-    with durable_server() as server:
-        session_id = server.driver.create(durable_spec(FSYNC), model()).status.session_id
-        expected = stepped(server.driver, session_id, 1, 2)
-
-        def fail(operation: str) -> None:
-            if operation.startswith("sync"):
-                raise OSError(5, "the disk is broken")
-
-        server.disk.before = fail
-        with refused("SESSION_FAILED"):
-            stepped(server.driver, session_id, 3, 3)
-        state = server.driver.get(session_id).status.state
-        assert state == SessionState.SESSION_STATE_FAILED
-        disk = server.unplugged()
-        server.disk.before = lambda _: None
-    with durable_server(disk) as server:
-        status = server.driver.get(session_id).status
-        assert status.state == SessionState.SESSION_STATE_READY
-        assert status.steps in (2, 3)  # What was not acknowledged may be there.
-        assert stepped(server.driver, session_id, 2, 2) == expected or status.steps == 3
-
-
-def _damage(disk: MemoryDisk, session_id: str, kind: str) -> None:
-    """Flip a bit in the middle of each of a session's files of a kind."""
-    found = [path for path in paths(disk) if session_id in path and kind in path]
-    assert found
-    for path in found:
-        disk.damage(path, len(disk.read(path)) // 2)
-
-
-@pytest.mark.parametrize("kind", ["journal", "snapshot"])
-def test_damage_refuses_its_session_and_no_other(kind: str) -> None:
-    with durable_server() as server:
-        ids = [
-            server.driver.create(durable_spec(JOURNAL), model()).status.session_id for _ in range(2)
-        ]
-        for session_id in ids:
-            stepped(server.driver, session_id, 1, 5)
-        seen = see(server.driver, ids[1])
-        disk = server.killed()
-    _damage(disk, ids[0], kind)
-    with durable_server(disk) as server:
-        for _ in range(2):
-            with refused("SESSION_DAMAGED", field="session_id"):
-                server.driver.get(ids[0])
-        assert see(server.driver, ids[1]) == seen
-        states = {each.session_id: each.state for each in server.driver.sessions().sessions}
-        assert states == {
-            ids[0]: SessionState.SESSION_STATE_DAMAGED,
-            ids[1]: SessionState.SESSION_STATE_READY,
-        }
-        server.driver.delete(ids[0])
-        assert [each.session_id for each in server.driver.sessions().sessions] == [ids[1]]
-
-
-def test_a_foreign_journal_is_replayed_only_when_that_is_asked_for() -> None:
-    with durable_server(origin=ELSEWHERE) as server:
-        session_id = server.driver.create(durable_spec(JOURNAL), model()).status.session_id
-        stepped(server.driver, session_id, 1, 3)
-        seen = see(server.driver, session_id)
-        disk = server.killed()
-    with durable_server(disk) as server:
-        with refused("JOURNAL_FOREIGN", field="session_id"):
-            server.driver.get(session_id)
-        (listed,) = server.driver.sessions().sessions
-        assert listed.state == SessionState.SESSION_STATE_PARKED
-        disk = server.killed()
-    with durable_server(disk, replay_foreign=True) as server:
-        assert see(server.driver, session_id) == seen
 
 
 def test_durability_of_a_server_without_a_disk_is_refused() -> None:

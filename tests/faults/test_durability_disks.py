@@ -1,0 +1,163 @@
+"""Disks that are full, fail, lose bits, or come from elsewhere: refused clearly, one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from faults.disks import MemoryDisk
+from faults.durable import (
+    FSYNC,
+    HERE,
+    JOURNAL,
+    durable_server,
+    durable_spec,
+    paths,
+    see,
+    snapshots,
+    stepped,
+)
+from refusals import refused
+from scenarios.models import model, spec
+
+from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.loss_pb2 import CrossEntropyLoss
+from optserve.v1.optimizer_pb2 import SGD
+from optserve.v1.scheduler_pb2 import ExponentialLR
+from optserve.v1.session_pb2 import SessionState, Split
+
+ELSEWHERE = dataclasses.replace(HERE, torch="1.0.0")
+
+
+def test_a_step_that_torch_fails_in_fails_again_after_a_restart_and_nothing_else_does() -> None:
+    # torch's plain loop takes no rate that FP32 cannot hold: the third one.
+    optimizer, schedule = SGD(lr=1.0, fused=False), ExponentialLR(gamma=1e20)
+    wanted = spec(optimizer, scheduler=schedule, loss=CrossEntropyLoss())
+    wanted.durability.CopyFrom(JOURNAL)
+    with durable_server() as server:
+        session_id = server.driver.create(wanted, model()).status.session_id
+        stepped(server.driver, session_id, 1, 2)
+        with refused("INTERNAL"):
+            stepped(server.driver, session_id, 3, 3)
+        server.driver.evaluate(session_id, torch.eye(4), torch.arange(4), split=Split.SPLIT_TRAIN)
+        disk = server.killed()
+    for _ in range(2):
+        with durable_server(disk) as server:
+            status = server.driver.get(session_id).status
+            assert (status.state, status.steps) == (SessionState.SESSION_STATE_FAILED, 2)
+            with refused("SESSION_FAILED"):
+                stepped(server.driver, session_id, 3, 3)
+            request = pb.ListLossPointsRequest(session_id=session_id)
+            assert len(server.driver.loss_points(request).points) == 1
+            disk = server.killed()
+
+
+def test_a_full_disk_refuses_the_step_and_takes_it_once_there_is_room() -> None:
+    with durable_server() as server:
+        session_id = server.driver.create(durable_spec(JOURNAL), model()).status.session_id
+        stepped(server.driver, session_id, 1, 1)
+        before = see(server.driver, session_id)
+        server.disk.capacity = server.disk.used_bytes
+        for _ in range(2):
+            with refused("STORAGE_FULL", field="session_id"):
+                stepped(server.driver, session_id, 2, 2)
+            with refused("STORAGE_FULL", field="session_id"):
+                server.driver.end_epoch(session_id, 1)
+            with refused("STORAGE_FULL", field="session_id"):
+                server.driver.upload(session_id, {"b": torch.ones(5)})
+            with refused("STORAGE_FULL", field="spec.durability"):
+                server.driver.create(durable_spec(JOURNAL), model())
+            assert see(server.driver, session_id) == before
+        assert len(server.driver.sessions().sessions) == 1
+        server.disk.capacity = 1 << 40
+        expected = stepped(server.driver, session_id, 2, 3)
+        disk = server.killed()
+    with durable_server(disk) as server:
+        assert stepped(server.driver, session_id, 3, 3) == expected
+
+
+def test_snapshots_that_find_no_room_hold_the_session_before_more_is_lost_than_was_agreed() -> None:
+    with durable_server() as server:
+        session_id = server.driver.create(durable_spec(snapshots(4)), model()).status.session_id
+        stepped(server.driver, session_id, 1, 1)
+        server.disk.capacity = server.disk.used_bytes
+        stepped(server.driver, session_id, 2, 4)
+        with refused("STORAGE_FULL", field="session_id"):
+            stepped(server.driver, session_id, 5, 5)
+        server.disk.capacity = 1 << 40
+        stepped(server.driver, session_id, 5, 9)
+
+
+def test_a_disk_that_fails_ends_the_session_and_a_restart_brings_back_what_was_acknowledged() -> (
+    None
+):
+    with durable_server() as server:
+        session_id = server.driver.create(durable_spec(FSYNC), model()).status.session_id
+        expected = stepped(server.driver, session_id, 1, 2)
+
+        def fail(operation: str) -> None:
+            if operation.startswith("sync"):
+                raise OSError(5, "the disk is broken")
+
+        server.disk.before = fail
+        with refused("SESSION_FAILED"):
+            stepped(server.driver, session_id, 3, 3)
+        state = server.driver.get(session_id).status.state
+        assert state == SessionState.SESSION_STATE_FAILED
+        disk = server.unplugged()
+        server.disk.before = lambda _: None
+    with durable_server(disk) as server:
+        status = server.driver.get(session_id).status
+        assert status.state == SessionState.SESSION_STATE_READY
+        assert status.steps in (2, 3)  # What was not acknowledged may be there.
+        assert stepped(server.driver, session_id, 2, 2) == expected or status.steps == 3
+
+
+def _damage(disk: MemoryDisk, session_id: str, kind: str) -> None:
+    """Flip a bit in the middle of each of a session's files of a kind."""
+    found = [path for path in paths(disk) if session_id in path and kind in path]
+    assert found
+    for path in found:
+        disk.damage(path, len(disk.read(path)) // 2)
+
+
+@pytest.mark.parametrize("kind", ["journal", "snapshot"])
+def test_damage_refuses_its_session_and_no_other(kind: str) -> None:
+    with durable_server() as server:
+        ids = [
+            server.driver.create(durable_spec(JOURNAL), model()).status.session_id for _ in range(2)
+        ]
+        for session_id in ids:
+            stepped(server.driver, session_id, 1, 5)
+        seen = see(server.driver, ids[1])
+        disk = server.killed()
+    _damage(disk, ids[0], kind)
+    with durable_server(disk) as server:
+        for _ in range(2):
+            with refused("SESSION_DAMAGED", field="session_id"):
+                server.driver.get(ids[0])
+        assert see(server.driver, ids[1]) == seen
+        states = {each.session_id: each.state for each in server.driver.sessions().sessions}
+        assert states == {
+            ids[0]: SessionState.SESSION_STATE_DAMAGED,
+            ids[1]: SessionState.SESSION_STATE_READY,
+        }
+        server.driver.delete(ids[0])
+        assert [each.session_id for each in server.driver.sessions().sessions] == [ids[1]]
+
+
+def test_a_foreign_journal_is_replayed_only_when_that_is_asked_for() -> None:
+    with durable_server(origin=ELSEWHERE) as server:
+        session_id = server.driver.create(durable_spec(JOURNAL), model()).status.session_id
+        stepped(server.driver, session_id, 1, 3)
+        seen = see(server.driver, session_id)
+        disk = server.killed()
+    with durable_server(disk) as server:
+        with refused("JOURNAL_FOREIGN", field="session_id"):
+            server.driver.get(session_id)
+        (listed,) = server.driver.sessions().sessions
+        assert listed.state == SessionState.SESSION_STATE_PARKED
+        disk = server.killed()
+    with durable_server(disk, replay_foreign=True) as server:
+        assert see(server.driver, session_id) == seen
