@@ -45,10 +45,17 @@ COMMANDS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def keeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """Start a server that has a place for what survives."""
+    with running_server("--data-dir", str(tmp_path_factory.mktemp("data"))) as process:
+        yield process
+
+
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_example_runs_and_prints_what_it_says(code: str, server: ServerProcess) -> None:
+def test_example_runs_and_prints_what_it_says(code: str, keeper: ServerProcess) -> None:
     example = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code.replace(EXAMPLES_ADDRESS, server.address)],
+        [sys.executable, "-W", "error", "-c", code.replace(EXAMPLES_ADDRESS, keeper.address)],
         capture_output=True,
         text=True,
         check=False,

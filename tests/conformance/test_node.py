@@ -70,15 +70,15 @@ def test_node_quickstart_trains(node: Path, exam_address: str) -> None:
             0, r"1 0\.404", id="first-steps"
         ),  # The mean of ln(1 + e^-0.8), ln(1 + e^-0.6).
         pytest.param(1, r"1 -0\.5\n2 -1\.5\n3 -3\n4 -5\n$", id="when-the-connection-breaks"),
+        pytest.param(2, r"2 -1\.5\n2 -3\n$", id="checkpoints"),
     ],
 )
-def test_code_of_the_node_readme_runs(
-    block: int, printed: str, node: Path, exam_address: str
-) -> None:
+def test_code_of_the_node_readme_runs(block: int, printed: str, node: Path, tmp_path: Path) -> None:
     codes = re.findall(r"```js\n(.*?)```", (node / "README.md").read_text("utf-8"), re.DOTALL)
-    assert len(codes) == 2
-    code = codes[block].replace("localhost:50051", exam_address)
-    example = run(node, "--input-type=module", "--eval", code)
+    assert len(codes) == 3
+    with running_server("--data-dir", str(tmp_path)) as server:
+        code = codes[block].replace("localhost:50051", server.address)
+        example = run(node, "--input-type=module", "--eval", code)
     assert example.returncode == 0, example.stderr
     assert re.match(printed, example.stdout)
 
