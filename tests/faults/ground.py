@@ -34,7 +34,7 @@ CODES = {reason_name(reason): code for code, reason in STATUS.values()}
 OF_CHECKPOINTS = frozenset(
     {"ListCheckpoints", "RestoreCheckpoint", "DownloadCheckpoint", "DeleteCheckpoint"}
 )
-"""Calls that name a session, which may be gone: see test_checkpoints.py."""
+"""Calls that name a session, which may be gone: see test_bad_checkpoints.py."""
 
 CLASSES = 4
 STEPS, EPOCHS = 2, 1

@@ -303,7 +303,7 @@ def test_every_limit_is_tested_announced_and_can_be_set() -> None:
         "request_rate_max": "test_too_many_calls.py",
         "idle_timeout_s": "test_idle_sessions.py",
         "journal_bytes_max": "test_durability.py",
-        "checkpoints_max": "test_checkpoints.py",
+        "checkpoints_max": "test_bad_checkpoints.py",
         "park_timeout_s": "test_parking.py",
     }
     tested = {name.partition(" ")[0] for name in LIMITS} | set(elsewhere)
