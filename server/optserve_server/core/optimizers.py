@@ -203,7 +203,10 @@ def rehearse(
     parameter = torch.zeros(_PROBE_ELEMENTS, dtype=dtype, device=device)
     parameter.grad = torch.zeros_like(parameter)
     optimizer = build(kind, [([parameter], old)])
-    optimizer.step()
+    try:
+        optimizer.step()
+    except (ArithmeticError, RuntimeError) as error:  # A number that its data type cannot hold.
+        raise _refused(kind, error) from None
     if new is not None:
         # torch checks how hyperparameters go together only at construction.
         build(kind, [([parameter], new)])
