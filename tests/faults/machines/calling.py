@@ -74,8 +74,7 @@ def call(effort: Effort) -> Report:
         done.set()
         verdicts = beside.result()
         log = server.log.read_text(encoding="utf-8")
-        if "internal error" in log:
-            failures.append(log)
+        failures += [line for line in log.splitlines() if "internal error" in line]
     return Report(
         tried=answers.total(),
         acknowledged=sum(verdict.acknowledged for verdict in verdicts),
