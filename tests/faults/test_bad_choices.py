@@ -72,6 +72,11 @@ MISTAKES: dict[str, tuple[Change, str, str]] = {
         "INVALID_HYPERPARAMETER",
         "spec.optimizer.adagrad.initial_accumulator_value",
     ),
+    "rate-beyond-fp32": (
+        optimized(Adam(lr=1e161, fused=False)),
+        "INVALID_HYPERPARAMETER",
+        "spec.optimizer",
+    ),
     "nesterov-without-momentum": (
         optimized(SGD(nesterov=True)),
         "INVALID_HYPERPARAMETER",
