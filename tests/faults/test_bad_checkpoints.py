@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from drivers_grpc import StubDriver
 from event_loop import TIMEOUT_S
 from faults.checkpointing import STEPS, Checkpoints, trained
@@ -18,10 +20,12 @@ from faults.durable import (
     stepped,
 )
 from faults.ground import Mistakes, ground
-from refusals import RefusedError, refused
-from scenarios.models import model
+from refusals import RefusedError, refused, translated
+from scenarios.models import model, spec
 from server_process import running_server
 
+from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.optimizer_pb2 import SGD
 from optserve.v1.session_pb2 import Durability
 from optserve_server.core.errors import CheckpointNotFoundError
 from optserve_server.core.limits import Limits
@@ -193,3 +197,21 @@ def test_a_kill_in_the_middle_of_saving_leaves_no_half_checkpoint(tmp_path: Path
         assert see(driver, session_id).parameters == expected
         assert checkpoints.save(session_id, "second").steps == STEPS + 1
         assert checkpoints.restore(session_id).status.steps == STEPS
+
+
+def test_who_does_not_read_a_download_is_let_go_and_holds_no_memory() -> None:
+    values = {"large": torch.zeros(16_000_000)}  # 64 MB: more than any buffer on the way holds.
+    with durable_server(limits=Limits(stall_timeout_s=0.5)) as server:
+        checkpoints = Checkpoints(server.driver)
+        session_id = server.driver.create(spec(SGD(lr=1.0), parameters=values)).status.session_id
+        server.driver.upload(session_id, values)
+        checkpoints.save(session_id)
+        before = server.registry.budget.reserved_bytes
+        request = pb.DownloadCheckpointRequest(session_id=session_id, name="best")
+        responses = checkpoints.stub.DownloadCheckpoint(request, timeout=TIMEOUT_S)
+        assert next(responses).HasField("begin")
+        assert server.registry.budget.reserved_bytes > before + values["large"].nbytes
+        time.sleep(1.5)
+        with refused("STALLED"), translated():
+            list(responses)
+        assert server.registry.budget.reserved_bytes == before
