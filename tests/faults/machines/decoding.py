@@ -21,7 +21,7 @@ _ADVANCE = 1_000
 
 def decode(effort: Effort) -> Report:
     """Feed all decoders, each with its share."""
-    share = max(1, effort.count // len(DECODERS))
+    share = -(-effort.count // len(DECODERS))
     feed = _feed_guided if effort.thorough else _feed_mutated
     failures = [
         failure

@@ -35,7 +35,7 @@ MACHINES = (
         unit="seeds",
         whole_count=10_000,
         whole_s=500,
-        test_count=40,
+        test_count=30,
         run=run_seeds,
     ),
     Machine(
@@ -44,7 +44,7 @@ MACHINES = (
         unit="connections",
         whole_count=1_000,
         whole_s=120,
-        test_count=20,
+        test_count=12,
         run=cut,
     ),
     Machine(
