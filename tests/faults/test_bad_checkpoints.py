@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -215,3 +216,22 @@ def test_who_does_not_read_a_download_is_let_go_and_holds_no_memory() -> None:
         with refused("STALLED"), translated():
             list(responses)
         assert server.registry.budget.reserved_bytes == before
+
+
+def test_who_saves_at_the_same_time_gets_no_more_than_is_allowed_and_each_name_once() -> None:
+    with durable_server(limits=Limits(checkpoints_max=5)) as server:
+        checkpoints = Checkpoints(server.driver)
+        session_id = trained(server.driver)
+
+        def save(name: str) -> str:
+            try:
+                return checkpoints.save(session_id, name).name
+            except RefusedError as error:
+                return error.reason
+
+        asked = [f"number {i % 8}" for i in range(32)]
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(save, asked))
+        names = checkpoints.names()
+        assert len(names) == 5
+        assert answers == [name if name in names else "TOO_MANY" for name in asked]

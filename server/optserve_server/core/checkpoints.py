@@ -172,22 +172,21 @@ class Checkpoints:
         persistence, storage = self._persistence(), self._persistence().storage
         key = CheckpointKey(tenant=actor.opened.tenant, session_id=actor.session_id, name=name)
         own = await self._read(key.tenant)
-        async with own.lock:
-            if key not in own.saved:
-                self._check_count(len(own.saved))
-            async with captured(actor, self._budget, what="a checkpoint") as state:
-                if key in own.saved:
-                    return _same(own.saved[key][1], state)
-                facts = _facts(state, self._surroundings.clock())
-                snapshot = to_snapshot(state, actor.about())
-                try:
-                    stored = await persistence.run(
-                        lambda: storage.save_checkpoint(key, facts, snapshot)
-                    )
-                except AlreadyStoredError:  # It is there, and cannot be read.
-                    raise _exists(name) from None
-                except StorageFullError as error:
-                    raise exhausted(error) from None
+        # In this order: whoever waits for a session keeps no other from being saved.
+        async with captured(actor, self._budget, what="a checkpoint") as state, own.lock:
+            if key in own.saved:
+                return _same(own.saved[key][1], state)
+            self._check_count(len(own.saved))
+            facts = _facts(state, self._surroundings.clock())
+            snapshot = to_snapshot(state, actor.about())
+            try:
+                stored = await persistence.run(
+                    lambda: storage.save_checkpoint(key, facts, snapshot)
+                )
+            except AlreadyStoredError:  # It is there, and cannot be read.
+                raise _exists(name) from None
+            except StorageFullError as error:
+                raise exhausted(error) from None
             saved = _decode(stored)
             own.saved[key] = (next(self._numbers), saved)
         return saved
@@ -215,6 +214,8 @@ class Checkpoints:
         """Return what a tenant has; read from disk once."""
         persistence, storage = self._persistence(), self._persistence().storage
         own = self._tenants.setdefault(tenant, _Tenant())
+        if own.is_read:
+            return own
         async with own.lock:
             if not own.is_read:
                 for stored in await persistence.run(lambda: storage.checkpoints(tenant)):
