@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from random import Random
 from threading import Event
 
@@ -22,7 +23,9 @@ import optserve_client as optserve
 _SESSIONS = 8
 _STEPS = 60
 _ROLLBACK_STEPS = 5
-_LIFE_S = 1.5  # Of a server, at most, after it has begun to serve.
+_LIFE_STEPS = 150  # What a server does, over all sessions, before it is killed: so much at most.
+_LIFE_S = 15.0  # If it does not do so much.
+_POLL_S = 0.005
 _FAILPOINTS = (
     "change-unrecorded",
     "change-recorded",
@@ -64,18 +67,19 @@ class _Lives:
             )
         )
 
-    def kill(self, after_s: float) -> str:
-        """Kill the server after a while, unless it has done so itself; return who did."""
-        with suppress(subprocess.TimeoutExpired):
-            self.server.process.wait(after_s)
-            self._check_log()
-            self._stack.close()
-            return "at failpoints"
+    def kill(self, is_time: Callable[[], bool]) -> str:
+        """Kill the server when it is time, unless it has done so itself; return who did."""
+        how, deadline_s = "at random moments", time.monotonic() + _LIFE_S
+        while not is_time() and time.monotonic() < deadline_s:
+            if self.server.process.poll() is not None:
+                how = "at failpoints"
+                break
+            time.sleep(_POLL_S)
         self.server.process.kill()
         self.server.process.wait()
         self._check_log()
         self._stack.close()
-        return "at random moments"
+        return how
 
     def end(self) -> None:
         """Stop the last one, properly."""
@@ -89,7 +93,7 @@ class _Lives:
 
 def kill(effort: Effort) -> Report:
     """Kill servers until it is enough; every session must come to torch's parameters."""
-    random, enough = Random(effort.seed), Event()
+    random, enough, logs = Random(effort.seed), Event(), list[list[Entry]]()
     killed: Counter[str] = Counter()
     with (
         tempfile.TemporaryDirectory(prefix="optserve-kills-") as folder,
@@ -97,15 +101,16 @@ def kill(effort: Effort) -> Report:
     ):
         lives = _Lives(folder)
         training = [
-            pool.submit(_train, lives.address, durability, f"{effort.seed} {i}", enough)
+            pool.submit(_train, lives.address, durability, f"{effort.seed} {i}", enough, logs)
             for i, durability in enumerate(_DURABILITIES)
         ]
         try:
             while killed.total() < effort.count and not any(each.done() for each in training):
-                killed[lives.kill(random.uniform(0, _LIFE_S))] += 1
+                wanted = _answers(logs) + random.randrange(_LIFE_STEPS)
+                killed[lives.kill(partial(_have_come, logs, wanted))] += 1
                 effort.advance(1)
                 lives.begin(_failpoint(random))
-            lives.kill(0)  # The last one may have a failpoint left.
+            lives.kill(lambda: True)  # The last one may have a failpoint left.
             lives.begin("")
         finally:
             enough.set()
@@ -127,6 +132,15 @@ def kill(effort: Effort) -> Report:
     )
 
 
+def _answers(logs: Sequence[Sequence[Entry]]) -> int:
+    """Return about how many steps have been answered."""
+    return sum(len(log) for log in logs) // 2  # Each was sent before.
+
+
+def _have_come(logs: Sequence[Sequence[Entry]], wanted: int) -> bool:
+    return _answers(logs) >= wanted
+
+
 def _failpoint(random: Random) -> str:
     """Return where the next server kills itself; half of them do not."""
     if random.random() < 0.5:
@@ -135,7 +149,11 @@ def _failpoint(random: Random) -> str:
 
 
 def _train(
-    address: str, durability: optserve.Durability, name: str, enough: Event
+    address: str,
+    durability: optserve.Durability,
+    name: str,
+    enough: Event,
+    logs: list[list[Entry]],
 ) -> list[Verdict]:
     """Train one session after the other; return what their histories prove."""
     verdicts = []
@@ -144,18 +162,23 @@ def _train(
             random = Random(f"{name} {number}")
             workers = 1 if durability is _SNAPSHOT else random.choice([1, 2])
             course = Course.of(random, sizes=[SMALL, MIDDLE], workers=workers, steps=_STEPS)
-            verdicts.append(_take(client, address, course, durability))
+            verdicts.append(_take(client, address, course, durability, logs))
             if enough.is_set():
                 break
     return verdicts
 
 
 def _take(
-    client: optserve.Client, address: str, course: Course, durability: optserve.Durability
+    client: optserve.Client,
+    address: str,
+    course: Course,
+    durability: optserve.Durability,
+    logs: list[list[Entry]],
 ) -> Verdict:
     """Take a course to its end, and look at what has come of it."""
     rollback_max = _ROLLBACK_STEPS if durability is _SNAPSHOT else 0
     log: list[Entry] = []
+    logs.append(log)
     first = create(client, course, durability)
     with ExitStack() as stack, ThreadPoolExecutor(course.workers) as pool:
         sessions = [first]
