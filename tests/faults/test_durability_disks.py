@@ -89,6 +89,22 @@ def test_snapshots_that_find_no_room_hold_the_session_before_more_is_lost_than_w
         stepped(server.driver, session_id, 5, 9)
 
 
+def test_a_snapshot_that_found_no_room_is_not_tried_again_at_every_step() -> None:
+    with durable_server() as server:
+        session_id = server.driver.create(durable_spec(snapshots(40)), model()).status.session_id
+        stepped(server.driver, session_id, 1, 1)
+        tried = []
+
+        def note(operation: str) -> None:
+            if operation.startswith("create "):
+                tried.append(operation)
+
+        server.disk.before = note
+        server.disk.capacity = server.disk.used_bytes
+        stepped(server.driver, session_id, 2, 39)  # It is due at the twentieth.
+        assert len(tried) == 1
+
+
 def test_a_disk_that_fails_ends_the_session_and_a_restart_brings_back_what_was_acknowledged() -> (
     None
 ):

@@ -101,6 +101,7 @@ class Archive:
         self._syncing: Future[None] | None = None
         self._saving: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._resting = False  # After a snapshot that failed: the next one has its time.
         self._loop = asyncio.get_running_loop()
         self._closed = False
         # A snapshot is begun so early that its end is in time, too: see admit().
@@ -166,7 +167,7 @@ class Archive:
 
     def changed(self, *, at_once: bool = False) -> None:
         """Note that the session has changed; begin a snapshot if it is time, or ``at_once``."""
-        if self._saving or self._closed or self._session.failed:
+        if self._saving or self._resting or self._closed or self._session.failed:
             return
         unsaved_steps = self._session.steps - self._begun.steps
         full = self._unsaved_bytes >= self._journal_bytes_max
@@ -246,6 +247,7 @@ class Archive:
     def _begin(self) -> asyncio.Task[None]:
         """Begin a snapshot, unless one is being written; return what ends with it."""
         self._stop_timer()
+        self._resting = False
         if self._saving is None:
             self._saving = self._kept.work.spawn(self._save())
             self._saving.add_done_callback(self._ended)
@@ -287,6 +289,7 @@ class Archive:
         self._surroundings.observer.snapshot_failed()
         if not self._closed:
             wait_s = max(self.durability.snapshot_s, _RETRY_AFTER_S)
+            self._resting = True
             self._timer = self._loop.call_later(wait_s, self._begin)
 
     def _stop_timer(self) -> None:
