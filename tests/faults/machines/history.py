@@ -20,7 +20,7 @@ from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
 
-_CHOICES_MAX = 256  # Of what may have been contributed where nobody was answered.
+_CHOICES_MAX = 1 << 13  # Of what may have been contributed where nobody was answered.
 
 
 class Saw(enum.StrEnum):

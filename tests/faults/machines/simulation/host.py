@@ -55,6 +55,8 @@ class Host:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._threads: list[LateThreads] = []
         self._stopped = asyncio.Event()
+        self.up = asyncio.Event()
+        """Set while a server serves."""
         self._power_lost = False
         self._operations = 0
         scene.loop.set_task_factory(self._task)  # type: ignore[arg-type] # As documented.
@@ -89,6 +91,7 @@ class Host:
         self._power_lost = scene.setting.power and self._random.random() < 0.5
         scene.note(f"host: process {self._number} is gone, power lost: {self._power_lost}")
         self._stopped.set()
+        self.up.clear()
         self._disk.before = _gone
         for threads in self._threads:
             threads.stop()
@@ -152,6 +155,7 @@ class Host:
         servicer = OptimizerServicer(self.registry)
         scene.methods = lambda name: getattr(servicer, name)
         scene.context = context
+        self.up.set()
         scene.loop.create_task(self._park(self.registry))
 
     async def _park(self, registry: SessionRegistry) -> None:

@@ -142,7 +142,8 @@ class Worker:
         """Take the next step, as often as it takes."""
         while True:
             step = self._step
-            if self._waits and self._random.random() < 0.3:
+            surely = "STORAGE_FULL" not in self._scene.tolerated  # Else its round may be gone.
+            if self._waits and surely and self._random.random() < 0.3:
                 other = self._random.randbytes(_DIGEST_BYTES)
                 await self._be_refused(line, step, other, "STEP_CONFLICT")
             self._digest = self._digest or self._random.randbytes(_DIGEST_BYTES)
@@ -231,7 +232,7 @@ class Worker:
         try:
             result, _ = await answer_of(self._scene.training.initial, line.receive)
         except RefusedError as error:
-            if error.reason == "SESSION_FAILED":
+            if error.reason in {"SESSION_FAILED", "STORAGE_FULL"}:
                 raise
             self._expect(error.reason == reason, f"{error} in the place of {reason}")
         else:

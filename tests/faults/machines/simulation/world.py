@@ -147,6 +147,7 @@ class _World:
         # Some calls have not noticed that nobody is there; a server that has just come will.
         while self._scene.serving:
             await asyncio.wait(self._scene.serving)
+        await self.host.up.wait()
         left = self.host.registry.budget.reserved_bytes
         assert left == 0, f"{left} bytes are reserved for nobody"
 
