@@ -13,7 +13,7 @@ from optserve_server.core.device import Device
 from optserve_server.core.limits import Limits
 from optserve_server.core.session import Session
 from optserve_server.core.spec import SessionSpec
-from optserve_server.core.state import SessionState
+from optserve_server.core.state import SessionState, apart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,23 +52,8 @@ class Beginning:
             ValueError: The state is none of such a session.
         """
         if self.state is not None:
-            return Session.restored(_apart(self.state), device, limits)
+            return Session.restored(apart(self.state), device, limits)
         session = Session(self.spec, device, limits)
         if self.values:
             session.set_parameters(self.values)
         return session
-
-
-def _apart(state: SessionState) -> SessionState:
-    """Return a state whose tensors do not hold the whole file in memory that they came from.
-
-    Of the optimizer's, that is: values of parameters are copied by the session.
-    """
-    kept = {
-        place: {
-            name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in values.items()
-        }
-        for place, values in state.optimizer_state.items()
-    }
-    return dataclasses.replace(state, optimizer_state=kept)

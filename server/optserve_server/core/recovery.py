@@ -15,7 +15,7 @@ from optserve_server.core.persistence import Persistence
 from optserve_server.core.session import Session
 from optserve_server.core.spec import DurabilityMode
 from optserve_server.core.spec_json import Read, SpecVersionError
-from optserve_server.core.state import StateVersionError, to_state
+from optserve_server.core.state import StateVersionError, apart, to_state
 from optserve_server.core.storage import (
     DamagedError,
     Loaded,
@@ -66,7 +66,7 @@ def _recover(
     try:
         loaded = store.load()
         _check_origin(loaded, persistence)
-        state = to_state(loaded.snapshot)
+        state = apart(to_state(loaded.snapshot))
         about: Read = loaded.snapshot.facts["about"]
         session = Session.restored(state, device, limits)
         stepped_s = _replay(session, loaded.records, about["stepped_s"])
