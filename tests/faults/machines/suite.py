@@ -34,7 +34,7 @@ MACHINES = (
         summary="clients, connections, threads, disks and crashes of chance, in one thread",
         unit="seeds",
         whole_count=10_000,
-        whole_s=500,
+        whole_s=250,
         test_count=30,
         run=run_seeds,
     ),
