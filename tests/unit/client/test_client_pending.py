@@ -6,10 +6,12 @@ import time
 from itertools import islice
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
 from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.error_pb2 import Reason, Refusal
 from optserve.v1.session_pb2 import Session, SessionSpec, SessionStatus
 from optserve.v1.tensor_pb2 import DataType, TensorHeader
 from optserve.wire import Chunk
@@ -67,6 +69,14 @@ class Conversation:
         assert isinstance(self._effect, Pause)
         self._effect = self._step.send(None)
 
+    def refused(self, reason: Reason.ValueType) -> None:
+        """Refuse the step."""
+        assert isinstance(self._effect, Converse)
+        refusal = Refusal(code=grpc.StatusCode.INVALID_ARGUMENT.value[0], reason=reason)
+        refused = pb.StepRefused(step=STEPS + 1, refusal=refusal)
+        assert self._effect.exchange.receive(pb.TrainResponse(refused=refused))
+        self._effect = self._step.send(None)
+
     def answered(self, *, replayed: bool = False) -> StepResult:
         """Answer the step."""
         assert isinstance(self._effect, Converse)
@@ -106,6 +116,20 @@ def test_what_the_server_has_is_asked_for_without_the_gradients() -> None:
     )
     assert end == pb.TrainRequest(end=pb.StepEnd())
     assert step.answered(replayed=True).replayed
+
+
+def test_what_the_server_has_given_up_since_it_was_asked_is_sent_again() -> None:
+    step = Conversation()
+    step.opened()
+    digest = digest_of(step.sent())
+    step.breaks()
+    step.opened(step=STEPS + 1, digest=digest)
+    assert events(step.sent()) == ["begin", "end"]
+    step.refused(Reason.REASON_BYTE_COUNT_MISMATCH)
+    again = step.sent()
+    assert events(again) == WHOLE
+    assert digest_of(again) == digest
+    assert step.answered().step == STEPS + 1
 
 
 @pytest.mark.parametrize(
