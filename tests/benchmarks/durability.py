@@ -12,9 +12,15 @@ from benchmarks.arena import Contender, Contest, compete
 from benchmarks.bulk import PARAMETERS
 from benchmarks.conditions import Conditions
 from benchmarks.figures import Comparison, Findings, Row, Spread, stated
-from benchmarks.model import Model, model_of
+from benchmarks.model import model_of
 from benchmarks.peers.ours import data_directory
-from benchmarks.training import OptimizerName, Outcome, Reference, session_optimizer
+from benchmarks.training import (
+    OptimizerName,
+    Outcome,
+    Reference,
+    session_optimizer,
+    step_session,
+)
 from server_process import ServerProcess, running_server
 
 import optserve_client as optserve
@@ -130,7 +136,9 @@ def _restart(conditions: Conditions) -> Row:
                     optimizer=session_optimizer(OPTIMIZER),
                     durability=knobs.durability(JOURNAL.options),
                 )
-                took_s = _step(session, model, _REPLAYED_STEPS)
+                start = time.perf_counter()
+                step_session(session, model, _REPLAYED_STEPS)
+                took_s = time.perf_counter() - start
                 server.process.kill()
                 server.process.wait()
             with running_server(*flags) as server, _connected(server) as client:
@@ -167,7 +175,7 @@ def _amplification(conditions: Conditions) -> Row:
             ) as session,
         ):
             before = _written_bytes(server)
-            _step(session, model, _WRITTEN_STEPS)
+            step_session(session, model, _WRITTEN_STEPS)
             written = _written_bytes(server) - before
     gradients = _WRITTEN_STEPS * model.tensor_bytes
     return stated(
@@ -181,15 +189,6 @@ def _amplification(conditions: Conditions) -> Row:
 
 def _connected(server: ServerProcess) -> optserve.Client:
     return optserve.connect(server.address, config=knobs.client_config("grpc"), progress=False)
-
-
-def _step(session: optserve.Session, model: Model, steps: int) -> float:
-    """Take steps; return how many seconds they took."""
-    gradient_sets = model.gradient_sets()
-    start = time.perf_counter()
-    for number in range(steps):
-        session.step(gradient_sets[number % len(gradient_sets)])
-    return time.perf_counter() - start
 
 
 def _written_bytes(server: ServerProcess) -> int:

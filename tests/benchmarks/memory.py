@@ -17,6 +17,7 @@ from benchmarks.training import (
     Reference,
     session_optimizer,
     state_tensors,
+    step_session,
 )
 from server_process import ServerProcess, running_server
 
@@ -81,7 +82,7 @@ def _peaks(overlap: str, conditions: Conditions) -> _Peaks:
         ) as session:
             created = server.peak_bytes() - idle
             _forget_peak(server)
-            _step(session, model)
+            step_session(session, model, STEPS)
             at_work = server.peak_bytes() - idle
             Reference(model, OPTIMIZER, STEPS).check(session.parameters, Outcome(), "optserve")
     return _Peaks(created=created, at_work=at_work)
@@ -89,13 +90,7 @@ def _peaks(overlap: str, conditions: Conditions) -> _Peaks:
 
 def _train(client: optserve.Client, model: Model) -> None:
     with client.create_session(model.initial(), optimizer=session_optimizer(OPTIMIZER)) as session:
-        _step(session, model)
-
-
-def _step(session: optserve.Session, model: Model) -> None:
-    gradient_sets = model.gradient_sets()
-    for number in range(STEPS):
-        session.step(gradient_sets[number % len(gradient_sets)])
+        step_session(session, model, STEPS)
 
 
 def _forget_peak(server: ServerProcess) -> None:

@@ -87,6 +87,13 @@ def state_tensors(name: OptimizerName) -> int:
     return {"sgd-momentum": 1, "adam": 2}[name]
 
 
+def step_session(session: optserve.Session, model: Model, steps: int) -> None:
+    """Take the first ``steps`` steps of a session, with the model's sets of gradients in turn."""
+    gradient_sets = model.gradient_sets()
+    for number in range(steps):
+        session.step(gradient_sets[number % len(gradient_sets)])
+
+
 class Reference:
     """The same model, trained here by torch alone."""
 

@@ -97,25 +97,13 @@ class CheckpointOperations:
     def delete(self, session_id: str, name: str) -> Operation[Checkpoint]:
         """Delete a checkpoint; it is deleted also if only the answer to that was lost."""
         request = pb.DeleteCheckpointRequest(session_id=session_id, name=name)
-        attempts = 0
-
-        def attempt() -> Operation[pb.DeleteCheckpointResponse]:
-            nonlocal attempts
-            attempts += 1
-            timeout_s = self._terms.config.timeout_s
-            try:
-                return (
-                    yield from ask(
-                        "DeleteCheckpoint", request, pb.DeleteCheckpointResponse, timeout_s
-                    )
-                )
-            except CheckpointNotFoundError:
-                if attempts == 1:
-                    raise
-                known = Checkpoint(session_id=session_id, name=name)
-                return pb.DeleteCheckpointResponse(checkpoint=known)
-
-        return (yield from self._terms.outages.persist(attempt)).checkpoint
+        timeout_s = self._terms.config.timeout_s
+        response = yield from self._terms.outages.persist_until_gone(
+            lambda: ask("DeleteCheckpoint", request, pb.DeleteCheckpointResponse, timeout_s),
+            CheckpointNotFoundError,
+            pb.DeleteCheckpointResponse(checkpoint=Checkpoint(session_id=session_id, name=name)),
+        )
+        return response.checkpoint
 
     def _download(self, request: pb.DownloadCheckpointRequest, path: Path) -> Operation[Checkpoint]:
         with _written(path) as file, _Download(file, self._terms.reporter) as download:

@@ -73,6 +73,30 @@ class Outages:
             yield Pause(seconds=wait_s)
             backoff_s = min(backoff_s * self._retry.backoff_factor, self._retry.backoff_max_s)
 
+    def persist_until_gone(
+        self, delete: Callable[[], Operation[_Result]], missing: type[OptserveError], gone: _Result
+    ) -> Operation[_Result]:
+        """Delete something; it has been deleted also if only the answer to that was lost.
+
+        Args:
+            delete: As ``attempt`` of persist().
+            missing: Raised where there is no such thing.
+            gone: The answer if that comes of a repeat.
+        """
+        attempts = 0
+
+        def attempt() -> Operation[_Result]:
+            nonlocal attempts
+            attempts += 1
+            try:
+                return (yield from delete())
+            except missing:
+                if attempts == 1:
+                    raise
+                return gone
+
+        return (yield from self.persist(attempt))
+
     def _jittered(self, seconds: float) -> float:
         return seconds * (1 - self._retry.jitter * random.random())  # noqa: S311 - No secret.
 

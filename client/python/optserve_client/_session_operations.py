@@ -328,23 +328,14 @@ def delete_session(
         persist: Whether to try again when nothing answers.
     """
     request = pb.DeleteSessionRequest(session_id=session_id)
-    attempts = 0
 
-    def attempt() -> Operation[pb.DeleteSessionResponse]:
-        nonlocal attempts
-        attempts += 1
-        try:
-            return (
-                yield from ask(
-                    "DeleteSession", request, pb.DeleteSessionResponse, terms.config.timeout_s
-                )
-            )
-        except SessionNotFoundError:
-            if attempts == 1:
-                raise
-            return pb.DeleteSessionResponse(status=SessionStatus(session_id=session_id))
+    def delete() -> Operation[pb.DeleteSessionResponse]:
+        return ask("DeleteSession", request, pb.DeleteSessionResponse, terms.config.timeout_s)
 
-    response = yield from terms.outages.persist(attempt) if persist else attempt()
+    if not persist:
+        return (yield from delete()).status
+    gone = pb.DeleteSessionResponse(status=SessionStatus(session_id=session_id))
+    response = yield from terms.outages.persist_until_gone(delete, SessionNotFoundError, gone)
     return response.status
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -98,8 +99,7 @@ class ParkedSession:
     def standing(self) -> Standing:
         """Return where it stands, as far as its last snapshot says."""
         state = State.DAMAGED if self.damaged else State.PARKED
-        facts = encode_standing(self._standing)
-        return decode_standing(facts, self._session_id, state)
+        return dataclasses.replace(self._standing, state=state)
 
 
 def _look_at(move: asyncio.Task[None]) -> None:

@@ -169,7 +169,7 @@ class Checkpoints:
         return await to_its_end(asyncio.create_task(self._delete(key)))
 
     async def _save(self, actor: SessionActor, name: str) -> Saved:
-        persistence, storage = self._persistence(), self._persistence().storage
+        persistence = self._persistence()
         key = CheckpointKey(tenant=actor.opened.tenant, session_id=actor.session_id, name=name)
         own = await self._read(key.tenant)
         # In this order: whoever waits for a session keeps no other from being saved.
@@ -181,7 +181,7 @@ class Checkpoints:
             snapshot = to_snapshot(state, actor.about())
             try:
                 stored = await persistence.run(
-                    lambda: storage.save_checkpoint(key, facts, snapshot)
+                    lambda: persistence.storage.save_checkpoint(key, facts, snapshot)
                 )
             except AlreadyStoredError:  # It is there, and cannot be read.
                 raise _exists(name) from None
@@ -192,11 +192,11 @@ class Checkpoints:
         return saved
 
     async def _delete(self, key: CheckpointKey) -> Saved:
-        persistence, storage = self._persistence(), self._persistence().storage
+        persistence = self._persistence()
         own = await self._read(key.tenant)
         async with own.lock:
             try:
-                await persistence.run(lambda: storage.delete_checkpoint(key))
+                await persistence.run(lambda: persistence.storage.delete_checkpoint(key))
             except NotStoredError:
                 raise _not_found() from None
             _, saved = own.saved.pop(key, (0, _unknown(key)))
@@ -212,13 +212,15 @@ class Checkpoints:
 
     async def _read(self, tenant: str) -> _Tenant:
         """Return what a tenant has; read from disk once."""
-        persistence, storage = self._persistence(), self._persistence().storage
+        persistence = self._persistence()
         own = self._tenants.setdefault(tenant, _Tenant())
         if own.is_read:
             return own
         async with own.lock:
             if not own.is_read:
-                for stored in await persistence.run(lambda: storage.checkpoints(tenant)):
+                for stored in await persistence.run(
+                    lambda: persistence.storage.checkpoints(tenant)
+                ):
                     own.saved[stored.key] = (next(self._numbers), _decode(stored))
                 own.is_read = True
         return own

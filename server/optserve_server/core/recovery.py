@@ -154,6 +154,11 @@ def _damaged(session_id: str, error: Exception) -> SessionDamagedError:
         "what is on disk of a session is not what was written there",
         extra={"session": session_id, "cause": f"{type(error).__name__}: {error}"},
     )
+    return damaged_error()
+
+
+def damaged_error() -> SessionDamagedError:
+    """Return what a session is refused with that cannot come back."""
     return SessionDamagedError(
         "what is on the server's disk of the session is not what was written there; the session can"
         " only be deleted",

@@ -16,7 +16,7 @@ from optserve_server.core.durability import Archive, exhausted
 from optserve_server.core.errors import NoStorageError, SessionDamagedError
 from optserve_server.core.limits import Limits
 from optserve_server.core.persistence import Persistence
-from optserve_server.core.recovery import recover
+from optserve_server.core.recovery import damaged_error, recover
 from optserve_server.core.state import to_snapshot
 from optserve_server.core.storage import (
     SessionStore,
@@ -96,11 +96,7 @@ class Shelf:
             SessionDamagedError, JournalForeignError: It cannot come back.
         """
         if parked.damaged:
-            raise SessionDamagedError(
-                "what is on the server's disk of the session is not what was written there; the"
-                " session can only be deleted",
-                field="session_id",
-            )
+            raise damaged_error()
         started_s = self._surroundings.monotonic()
         device, limits, persistence = self._surroundings.device, self._limits, self._persistence
         try:

@@ -115,12 +115,7 @@ def test_failed_sync_ends_the_store_and_what_was_committed_is_there() -> None:
     append(store, 2)
     commit(store)
     append(store, 1)
-
-    def fail(operation: str) -> None:
-        if operation.startswith("sync") and operation.endswith(".log"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    disk.before = fail
+    disk.before = _fail_to_sync_journals
     with pytest.raises(StorageFailedError, match="Input/output error"):
         commit(store)
     disk.before = lambda _: None
@@ -149,12 +144,7 @@ def test_record_that_a_failed_sync_has_left_in_memory_only_is_written_again(
     append(store, 1)
     commit(store)
     append(store, 1)
-
-    def fail(operation: str) -> None:
-        if operation.startswith("sync") and operation.endswith(".log"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    disk.before = fail
+    disk.before = _fail_to_sync_journals
     with pytest.raises(StorageFailedError):
         commit(store)
     disk.restart()
@@ -199,3 +189,8 @@ def test_names_are_given_once_and_found_or_not() -> None:
         storage.delete_checkpoint(KEY)
     begun(storage).close()
     assert load(storage.open(SESSION)) == (0, 0)
+
+
+def _fail_to_sync_journals(operation: str) -> None:
+    if operation.startswith("sync") and operation.endswith(".log"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
