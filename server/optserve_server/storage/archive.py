@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from optserve_server.core.storage import DamagedError, StorageError
-from optserve_server.storage.disk import Disk, File, read_file, remove_tree
+from optserve_server.core.storage import StorageError
+from optserve_server.storage.disk import Disk, File, read_file, remove_tree, translated
 from optserve_server.storage.document import decode_document
 from optserve_server.storage.places import (
     CHECKPOINTS,
@@ -33,13 +33,14 @@ from optserve_server.storage.snapshot import MANIFEST, TENSORS, decode_manifest
 
 _logger = logging.getLogger(__name__)
 
+_OURS = (VERSION, SESSIONS, CHECKPOINTS)
 _RESTORING = VERSION + UNFINISHED
 
 PIECE_BYTES = 8 << 20  # What object stores like to get at once.
 
 
 class ObjectStore(Protocol):
-    """Names with bytes behind them, each written whole. Errors are OSErrors."""
+    """Names with bytes behind them, each written whole. Errors are ArchiveErrors."""
 
     def sizes(self) -> Mapping[str, int]:
         """Return all names that are there, with the number of bytes behind each."""
@@ -48,14 +49,21 @@ class ObjectStore(Protocol):
         """Yield the bytes behind a name, piece by piece."""
 
     def write(self, name: str, pieces: Iterator[bytes]) -> None:
-        """Put bytes behind a name, in the place of what is there."""
+        """Put bytes behind a name, in the place of what is there.
+
+        StorageErrors of the pieces are raised as they are.
+        """
 
     def remove(self, name: str) -> None:
         """Remove a name."""
 
 
+class ArchiveError(StorageError):
+    """The archive does not answer, or not as it should."""
+
+
 class ForeignArchiveError(StorageError):
-    """The archive is of another data directory."""
+    """What is in the place of the archive is none of this data directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +93,8 @@ class Mirror:
 
         Raises:
             ForeignArchiveError: It is of another data directory; it would be emptied.
-            OSError: One of the two does not answer.
+            ArchiveError: It does not answer.
+            OSError: The data directory cannot be read.
         """
         self._sizes = dict(self._archive.sizes())
         self._sent_bytes = 0
@@ -98,8 +107,10 @@ class Mirror:
                 continue
             except FileNotFoundError:  # It was pruned or deleted meanwhile.
                 is_complete = False
-            except DamagedError as damage:  # What the archive has of it may be whole.
-                _logger.warning("not archived: %s", damage)
+            except ArchiveError:
+                raise
+            except (OSError, StorageError) as trouble:  # What the archive has of it may be whole.
+                _logger.warning("not archived: %s", trouble)
             kept.update(name for name in self._sizes if name.startswith(f"{owner}/"))
         gone = sorted(self._sizes.keys() - kept, key=_manifests_first)
         for name in gone:
@@ -108,6 +119,7 @@ class Mirror:
         return Pass(sent_bytes=self._sent_bytes, removed=len(gone), is_complete=is_complete)
 
     def _check_identity(self) -> None:
+        _check_place(self._sizes)
         version = read_file(self._disk, VERSION)
         if VERSION not in self._sizes and not self._sizes:
             self._send_small(VERSION, version)
@@ -122,7 +134,7 @@ class Mirror:
             f"{parent}/{entry.name}"
             for parent in (SESSIONS, CHECKPOINTS)
             for entry in self._disk.entries(parent)
-            if is_finished(entry.name)
+            if entry.is_directory and is_finished(entry.name)
         ]
 
     def _ship_owner(self, owner: str) -> set[str]:
@@ -200,11 +212,13 @@ def restore_if_empty(archive: ObjectStore, disk: Disk) -> int:
     Raises:
         ForeignArchiveError: The archive is none.
         StorageBusyError: Another server uses the directory.
-        OSError: One of the two does not answer. To try again begins anew.
+        ArchiveError: It does not answer. To try again begins anew.
+        OSError: The directory cannot be written to. As above.
     """
     disk.lock()
     try:
-        names = {entry.name for entry in disk.entries("")} - {LOCK}
+        # Ours alone: a file system of its own begins with others, such as lost+found.
+        names = {entry.name for entry in disk.entries("")} & {*_OURS, _RESTORING}
         if names and _RESTORING not in names:
             return 0
         for name in names:  # Of a restore that was interrupted.
@@ -241,15 +255,17 @@ class Shipping:
             return self._mirror.ship().is_complete
         except ForeignArchiveError as error:
             _logger.error("nothing is archived: %s", error)  # noqa: TRY400 It is no surprise.
-            return True
         except (OSError, StorageError) as error:
             # The next one makes up for it: meanwhile the archive is behind, and the log says so.
             _logger.warning("the archive is behind: %s", error)
-            return True
+        except Exception:  # Whatever it was, it is no reason to archive nothing any more.
+            _logger.exception("the archive is behind")
+        return True
 
 
 def _restore(archive: ObjectStore, disk: Disk) -> int:
     sizes = archive.sizes()
+    _check_place(sizes)
     if not sizes:
         return 0
     if VERSION not in sizes:
@@ -271,6 +287,19 @@ def _restore(archive: ObjectStore, disk: Disk) -> int:
     return received
 
 
+def _check_place(names: Iterable[str]) -> None:
+    """Make sure that no data directory is where the archive shall be.
+
+    Raises:
+        ForeignArchiveError: One is. It would be emptied of what no archive has.
+    """
+    for name in names:
+        if name.rpartition("/")[2] == LOCK:
+            raise ForeignArchiveError(
+                f"{name}: a data directory is in the place of the archive; choose another place"
+            )
+
+
 def _manifests_first(name: str) -> bool:
     """Sort for removal: what has lost its manifest is not there any more."""
     return not name.endswith(MANIFEST)
@@ -280,7 +309,8 @@ def _pieces(file: File) -> Iterator[bytes]:
     size = file.size()
     for offset in range(0, size, PIECE_BYTES):
         piece = bytearray(min(PIECE_BYTES, size - offset))
-        file.read_at(offset, memoryview(piece))
+        with translated(file.path):
+            file.read_at(offset, memoryview(piece))
         yield bytes(piece)
 
 

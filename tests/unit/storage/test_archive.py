@@ -6,11 +6,14 @@ import errno
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults.disks import CrashError, MemoryDisk
+from fsspec import register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
 from unit.storage.sessions import (
+    ORIGIN,
     SESSION,
     append,
     assert_same_snapshot,
@@ -24,7 +27,15 @@ from unit.storage.sessions import (
 )
 
 from optserve_server.core.storage import CheckpointKey
-from optserve_server.storage.archive import ForeignArchiveError, Mirror, Shipping, restore_if_empty
+from optserve_server.storage.archive import (
+    ArchiveError,
+    ForeignArchiveError,
+    Mirror,
+    Shipping,
+    restore_if_empty,
+)
+from optserve_server.storage.disk import LocalDisk
+from optserve_server.storage.local import LocalStorage
 from optserve_server.storage.remote import RemoteStore
 
 KEY = CheckpointKey(tenant="ours", session_id=SESSION, name="best")
@@ -58,7 +69,7 @@ class Store:
         """See ObjectStore."""
         self.writes_left -= 1
         if self.writes_left < 0:
-            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+            raise ArchiveError("connection reset by peer")
         self.objects[name] = b"".join(pieces)
 
     def remove(self, name: str) -> None:
@@ -147,7 +158,7 @@ def test_pass_that_ends_anywhere_leaves_what_can_be_restored_and_is_made_up_for(
         try:
             Mirror(disk, archive).ship()
             was_whole = True
-        except OSError:
+        except ArchiveError:
             was_whole = False
         if writes:
             copy = MemoryDisk()
@@ -206,6 +217,45 @@ def test_damage_is_not_archived_in_the_place_of_what_was_whole(name: str) -> Non
     assert "sessions/11/head.json" in archive.objects
 
 
+def test_session_that_cannot_be_read_keeps_no_other_from_being_archived(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    disk, archive = MemoryDisk(), Store()
+    trained(disk)
+    mirror = Mirror(disk, archive)
+    mirror.ship()
+    before = dict(archive.objects)
+    storage = stored(disk)
+    begun(storage, "11").close()
+
+    def fail(operation: str) -> None:
+        if operation.startswith(f"open sessions/{SESSION}/"):
+            raise OSError(errno.EIO, "the disk is broken")
+
+    disk.before = fail
+    disk.make_directory("sessions/lost+found")
+    disk.create("sessions/notes").close()
+    mirror.ship()
+    assert archive.objects.items() >= before.items()
+    assert "sessions/11/head.json" in archive.objects
+    assert "not archived: [Errno 5] the disk is broken" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["data", "."])
+def test_data_directory_is_not_taken_for_its_own_archive(tmp_path: Path, place: str) -> None:
+    disk = LocalDisk(tmp_path / "data")
+    storage = LocalStorage(disk, ORIGIN)
+    store = begun(storage)
+    append(store, 3)
+    before = sorted(tmp_path.rglob("*"))
+    for _ in range(2):
+        with pytest.raises(ForeignArchiveError, match="lock: a data directory is in the place"):
+            Mirror(disk, RemoteStore(f"file://{tmp_path / place}")).ship()
+    assert sorted(tmp_path.rglob("*")) == before
+    store.close()
+    storage.close()
+
+
 def test_archive_of_another_data_directory_is_left_alone() -> None:
     archive = Store()
     ours, theirs = MemoryDisk(), MemoryDisk()
@@ -222,6 +272,16 @@ def test_archive_of_another_data_directory_is_left_alone() -> None:
         Mirror(ours, other).ship()
     with pytest.raises(ForeignArchiveError):
         restore_if_empty(other, MemoryDisk())
+
+
+def test_file_system_of_its_own_is_restored_into() -> None:
+    disk, archive, fresh = MemoryDisk(), Store(), MemoryDisk()
+    trained(disk)
+    sent = Mirror(disk, archive).ship().sent_bytes
+    fresh.make_directory("lost+found")
+    assert restore_if_empty(archive, fresh) == sent
+    assert restored(fresh)[0] == 5
+    assert "lost+found" in {entry.name for entry in fresh.entries("")}
 
 
 def test_directory_with_sessions_is_not_restored_over() -> None:
@@ -272,10 +332,47 @@ def test_shipping_goes_on_after_trouble_and_ends_with_everything_there(
         time.sleep(0.01)
     archive.writes_left = 1 << 30
     shipping.close()
-    assert "the archive is behind: [Errno 104] Connection reset by peer" in caplog.text
+    assert "the archive is behind: connection reset by peer" in caplog.text
     copy = MemoryDisk()
     restore_if_empty(archive, copy)
     assert restored(copy)[0] == 5
+
+
+class MoodyStore(MemoryFileSystem):
+    """A store whose library raises what it likes, as those of the clouds do."""
+
+    protocol = "moody"
+    answers = False
+
+    def _open(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 fsspec's own.
+        if not self.answers:
+            raise RuntimeError("unable to locate credentials")
+        return super()._open(*arguments, **options)
+
+
+def test_shipping_goes_on_after_errors_of_any_class(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_implementation("moody", MoodyStore, clobber=True)
+    disk, archive = MemoryDisk(), RemoteStore("moody://archive")
+    trained(disk)
+    shipping = Shipping(Mirror(disk, archive), interval_s=0.01)
+    deadline_s = time.monotonic() + 10
+    while caplog.text.count("behind") < 2 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    monkeypatch.setattr(MoodyStore, "answers", True)
+    while len(archive.sizes()) < 10 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert len(archive.sizes()) >= 10  # In the same thread, and not at the end.
+    shipping.close()
+    MemoryFileSystem.store.clear()
+    assert "archive/version.json: RuntimeError: unable to locate credentials" in caplog.text
+
+
+@pytest.mark.parametrize("url", ["nowhere://bucket", "lakefs://bucket/prefix"])
+def test_archive_that_nothing_can_open_says_why(url: str) -> None:
+    with pytest.raises(ArchiveError, match=f"^{url}: "):
+        RemoteStore(url)
 
 
 def test_shipping_into_the_archive_of_another_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
