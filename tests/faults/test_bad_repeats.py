@@ -14,7 +14,7 @@ from scenarios.models import gradients, model
 from streams import Answer, RawStream, raw_stream
 
 from optserve.v1 import optimizer_service_pb2 as pb
-from optserve.v1.tensor_pb2 import TensorChunks
+from optserve.v1.tensor_pb2 import Tensor, TensorChunks
 
 STEP = STEPS + 1
 DIGEST, OTHER = b"d" * 32, b"o" * 32
@@ -76,14 +76,12 @@ def _packed(where: Ground, digest: bytes) -> pb.StepResult:
         raise _refusal(answer)
 
 
-def _unary(where: Ground, digest: bytes) -> pb.StepResult:
-    """Take a step in one message."""
-    request = pb.StepRequest(
-        session_id=where.session_id,
-        step=STEP,
-        gradients=messages_of(gradients(STEP)),
-        digest=digest,
-    )
+def _unary(where: Ground, digest: bytes, *, asks: bool = False) -> pb.StepResult:
+    """Take a step in one message, or ask for it without its bytes."""
+    sent = messages_of(gradients(STEP))
+    if asks:
+        sent = [Tensor(header=message.header) for message in sent]
+    request = pb.StepRequest(session_id=where.session_id, step=STEP, gradients=sent, digest=digest)
     with translated():
         return where.driver.stub.Step(request, timeout=TIMEOUT_S).result
 
@@ -184,6 +182,16 @@ def test_the_chunks_of_a_step_that_the_server_does_not_have_may_not_be_left_out(
         stream.begin(STEP, DIGEST)
         stream.end()
         _result(stream.answer())
+
+
+def test_the_bytes_of_a_repeat_in_one_message_may_be_left_out(mistakes: Mistakes) -> None:
+    where = mistakes.ground
+    with mistakes.refused("BYTE_COUNT_MISMATCH", "gradients[0].data"):
+        _unary(where, DIGEST, asks=True)
+    _unary(where, DIGEST)
+    before = where.look()
+    assert _unary(where, DIGEST, asks=True).replayed
+    assert where.look() == before
 
 
 def test_a_conflict_is_told_at_the_beginning_and_the_stream_goes_on(mistakes: Mistakes) -> None:

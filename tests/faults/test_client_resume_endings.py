@@ -23,9 +23,13 @@ from server_process import ServerProcess, running_server
 
 import optserve_client as optserve
 from optserve_client import ClientConfig, Retry, aio
+from optserve_client._effects import Operation
+from optserve_client._exchange import Opening, TrainAnswer
+from optserve_client._session_operations import SessionOperations
 
 SGD = optserve.optim.SGD(lr=0.5)
 ONES = np.ones(3, np.float32)
+HUGE = np.full(3, 2.0**127, np.float32)  # Finite, and the sum of two is not.
 LARGE = np.ones(1 << 20, np.float32)
 NOBODY = "127.0.0.1:1"
 BRIEF = Retry(give_up_after_s=0.5, backoff_s=0.01, backoff_max_s=0.1)
@@ -116,6 +120,81 @@ def test_who_takes_the_place_of_a_worker_waits_for_the_step_that_it_has_sent(
             assert (parameters.steps, heir.steps) == (1, 1)
             assert parameters["w"].tolist() == [0.0] * 3
             timer.join()
+        heir.delete()
+
+
+def give_up(other: optserve.Session) -> None:
+    """Bring a gradient to the open round with which it comes to nothing."""
+    with pytest.raises(optserve.NonFiniteGradientError):
+        other.step({"w": HUGE})
+
+
+@pytest.mark.parametrize("lane", ["grpc", "shm"])
+@pytest.mark.parametrize("place", ["own", "shared"])
+def test_a_step_whose_round_is_given_up_just_when_it_is_asked_for_is_sent_again(
+    lane: optserve.Lane,
+    place: str,
+    wire: Relay,
+    server: ServerProcess,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = ClientConfig(lane=lane, retry=BRIEF)
+    with (
+        ThreadPoolExecutor() as threads,
+        optserve.connect(wire.address, config=config, progress=False) as client,
+        optserve.connect(server.address) as keeper,
+        client.create_session({"w": ONES}, optimizer=SGD, workers=2) as session,
+    ):
+        other = keeper.join_session(session.session_id, worker=1)
+        gradients = dict(session.gradient_buffers()) if place == "shared" else {"w": HUGE.copy()}
+        gradients["w"][:] = HUGE
+        mine = threads.submit(session.step, gradients)
+        while not keeper.join_session(session.session_id).contribution().step:
+            time.sleep(0.01)
+        receive = Opening.receive
+
+        def hear(opening: Opening, response: TrainAnswer) -> bool:
+            monkeypatch.undo()
+            give_up(other)
+            return receive(opening, response)
+
+        monkeypatch.setattr(Opening, "receive", hear)
+        wire.cut()
+        if (lane, place) == ("shm", "shared"):  # Their sum was calculated in their place.
+            with pytest.raises(optserve.StepsLostError) as caught:
+                mine.result(TIMEOUT_S)
+            assert (caught.value.resumes_from, caught.value.lost) == (1, 0)
+            assert session.resume().steps == 0
+        else:
+            assert other.step({"w": ONES}).step == mine.result(TIMEOUT_S).step == 1
+            assert session.parameters["w"].tolist() == [-(2.0**125)] * 3  # Ones are lost in it.
+
+
+@pytest.mark.parametrize("via", ["stream", "unary"])
+def test_who_waits_for_a_step_that_is_given_up_goes_on_from_where_the_session_stands(
+    via: optserve.Via, wire: Relay, server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ClientConfig(lane="grpc", retry=BRIEF)
+    with (
+        optserve.connect(wire.address, config=config, progress=False) as client,
+        optserve.connect(server.address) as keeper,
+    ):
+        session = client.create_session({"w": ONES}, optimizer=SGD, workers=2)
+        with cut_for_good_soon(wire), pytest.raises(optserve.StepUnknownError):
+            session.step({"w": HUGE})
+        heir = keeper.join_session(session.session_id, worker=0, via=via)
+        other = keeper.join_session(session.session_id, worker=1)
+        contribution = SessionOperations.contribution
+
+        def hear(operations: SessionOperations) -> Operation[optserve.Contribution]:
+            found = yield from contribution(operations)
+            threads.submit(give_up, other).result(TIMEOUT_S)
+            return found
+
+        monkeypatch.setattr(SessionOperations, "contribution", hear)
+        with ThreadPoolExecutor() as threads:
+            parameters = heir.resume()
+        assert (parameters.steps, parameters["w"].tolist()) == (0, [1.0] * 3)
         heir.delete()
 
 

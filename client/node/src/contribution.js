@@ -27,7 +27,7 @@ export class Contribution {
   #sources;
   /** @type {Buffer | undefined} Of the content, once all of it has been read. */ #digest;
   #unanswered = false;
-  #isHeld = false;
+  /** Whether the server has it, and nobody here has its gradients. */ isHeld = false;
 
   /**
    * @param {{step: number, worker: number}} place
@@ -53,7 +53,7 @@ export class Contribution {
   static held({ digest, ...place }, sources) {
     const contribution = new Contribution(place, new Map(), true, sources);
     contribution.#digest = digest;
-    contribution.#isHeld = true;
+    contribution.isHeld = true;
     return contribution;
   }
 
@@ -89,22 +89,31 @@ export class Contribution {
   }
 
   /**
-   * Return the events that make the step on a stream. If there is a gradient for every parameter both sides know what comes:
-   * nothing is announced, and a small model takes one message each way. What the server has already is not sent again.
+   * Whether the server has it, and need only be asked what came of it.
    *
    * @param {{step: number, digest: Buffer} | null | undefined} known The worker's last contribution that the server has.
+   * @returns {boolean}
+   */
+  isKnown(known) {
+    if (this.isHeld) return true;
+    return known?.step === this.step && this.#digest?.equals(known.digest) === true;
+  }
+
+  /**
+   * Return the events that make the step on a stream. If there is a gradient for every parameter both sides know what comes:
+   * nothing is announced, and a small model takes one message each way.
+   *
+   * @param {boolean} isKnown Whether the server has it: then nothing is sent again.
    * @returns {Iterable<any>}
    */
-  events(known) {
-    const isKnown =
-      known?.step === this.step && this.#digest !== undefined && this.#digest.equals(known.digest);
+  events(isKnown) {
     if (!this.#complete) {
       const headers = [...this.#gradients].map(([name, tensor]) => headerToMessage(tensor, name));
       return this.#inChunks({ gradients: headers }, isKnown);
     }
     const bytes = [...this.#gradients.values()].reduce((sum, { data }) => sum + data.byteLength, 0);
-    if (this.#isHeld || isKnown || bytes > CHUNK_BYTES_MAX) {
-      return this.#inChunks({ everyParameter: true }, this.#isHeld || isKnown);
+    if (isKnown || bytes > CHUNK_BYTES_MAX) {
+      return this.#inChunks({ everyParameter: true }, isKnown);
     }
     return [{ packed: { step: this.step, gradients: this.#inFull(), digest: this.#digest } }];
   }

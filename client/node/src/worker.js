@@ -74,7 +74,13 @@ export class Worker {
       const { contribution, status } = await this.#calls.unary('getContribution', request);
       this.#view.resume(status, seat);
       const waits = contribution?.step > status.steps && contribution.digest.length > 0;
-      return waits ? this.#take(seat, seat.held(contribution), new Map()) : undefined;
+      if (!waits) return undefined;
+      try {
+        return await this.#take(seat, seat.held(contribution), new Map());
+      } catch (error) {
+        if (!isGivenUp(error)) throw error;
+        return undefined;
+      }
     });
   }
 
@@ -167,8 +173,15 @@ class TrainStream {
    * @param {number} timeoutS
    * @returns {Promise<StepResult>}
    */
-  step(contribution, into, timeoutS) {
-    return this.#ask(contribution.events(this.#known), into, timeoutS);
+  async step(contribution, into, timeoutS) {
+    const isKnown = contribution.isKnown(this.#known);
+    try {
+      return await this.#ask(contribution.events(isKnown), into, timeoutS);
+    } catch (error) {
+      if (!isKnown || contribution.isHeld || !isGivenUp(error)) throw error;
+      this.#known = undefined;
+      return this.#ask(contribution.events(false), into, timeoutS);
+    }
   }
 
   /** @returns {Promise<void>} */
@@ -199,4 +212,13 @@ class TrainStream {
     if (this.#answer === undefined) throw new RangeError('it answers what was not asked');
     this.#answer.add(response);
   }
+}
+
+/**
+ * Whether the server has not got any more what it was asked for without its bytes: the round was given up since.
+ *
+ * @param {any} error
+ */
+function isGivenUp(error) {
+  return error.reason === 'BYTE_COUNT_MISMATCH';
 }

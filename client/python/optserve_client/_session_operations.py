@@ -18,12 +18,13 @@ from optserve_client._feed import Feed
 from optserve_client._outages import may_pass
 from optserve_client._pending import PendingStep
 from optserve_client._spec import UpdateOptions, Via, update_request
-from optserve_client._steps import StepWays, Taking, steps_lost, total_bytes
+from optserve_client._steps import StepWays, Taking, is_given_up, steps_lost, total_bytes
 from optserve_client._terms import Terms
 from optserve_client.errors import (
     ClosedError,
     OptserveError,
     ParametersNotSetError,
+    ProtocolError,
     ServiceError,
     SessionNotFoundError,
     StalledError,
@@ -210,8 +211,13 @@ class SessionOperations:
                 has_arrived=True,
             )
             take = self._ways.unary if self._via == "unary" else self._ways.awaited
-            yield from self._answered(pending, lambda: take(pending))
-            return self.parameters
+            try:
+                yield from self._answered(pending, lambda: take(pending))
+            except ProtocolError as error:
+                if not is_given_up(error):
+                    raise
+            else:
+                return self.parameters
         return (yield from self.download())
 
     def contribution(self) -> Operation[Contribution]:

@@ -125,15 +125,17 @@ class StepWays:
     def streamed(self, step: PendingStep) -> Taking:
         """Take a step on the worker's stream; only what the server does not have is sent."""
         yield from self._opened_for(step)
-        if not self._shared.closed_because:
-            return (yield from self._shared_step(step))
         if step.has_arrived:
+            # In chunks also where memory is shared: there, nothing would tell the question from
+            # the gradients, and what lies in their place may have been used up.
             try:
                 return (yield from self._chunked(step, (), None))
             except ProtocolError as error:
-                # Its round was given up since, and what had arrived is gone: it is sent whole.
-                if error.reason != "BYTE_COUNT_MISMATCH":
+                if not is_given_up(error):
                     raise
+            _check_kept(step)
+        if not self._shared.closed_because:
+            return (yield from self._shared_step(step))
         digest = StepDigest(self._names)
         names = [header.name for header in step.headers]
         sources = self._gradients.of(step.number, digest, names, step.tensors)
@@ -172,8 +174,11 @@ class StepWays:
     def unary(self, step: PendingStep) -> Taking:
         """Take a step in one message each way."""
         check_unary_fits(self._headers)
-        gradients: list[Tensor] = []
-        if not step.has_arrived:
+        if step.has_arrived:
+            # Asked for without its bytes. Without its names it would be a step in which no
+            # parameter has a gradient, if its round was given up since.
+            gradients = [Tensor(header=header) for header in step.headers]
+        else:
             digest = StepDigest(self._names)
             names = [header.name for header in step.headers]
             sources = self._gradients.of(step.number, digest, names, step.tensors)
@@ -209,14 +214,8 @@ class StepWays:
         if opened is not None:
             step.look_for(opened.contribution)
         # Who has mapped memory keeps it, but a server that has gone may have calculated in it.
-        if step.exposed_to not in (b"", self._shared.token) and not step.has_arrived:
-            raise StepsLostError(
-                f"step {step.number} was not applied, and its gradients cannot be sent again: they"
-                " were in memory shared with a server that has gone, which may have changed them;"
-                " resume(), and compute them again",
-                resumes_from=step.number,
-                lost=0,
-            )
+        if step.exposed_to != self._shared.token and not step.has_arrived:
+            _check_kept(step)
 
     def _shared_step(self, step: PendingStep) -> Taking:
         present = {
@@ -226,16 +225,13 @@ class StepWays:
         for position, name in enumerate(self._names):
             if name not in present:
                 absent.append(position)
-            # What has arrived is the server's now: it may be calculating there.
-            elif not step.has_arrived and not self._shared.write(position, present[name]):
+            elif not self._shared.write(position, present[name]):
                 step.exposed_to = self._shared.token
         return (yield from self._written(step, absent))
 
     def _written(self, step: PendingStep, absent: Sequence[int]) -> Taking:
         """Take a step whose gradients are in shared memory, but for those at ``absent``."""
-        # Another digest is one of gradients that travelled, when there was no shared memory yet.
-        digest = step.digest if step.has_arrived else self._drawn(step.number)
-        shared = exchanges.SharedStep(step.number, absent, digest)
+        shared = exchanges.SharedStep(step.number, absent, self._drawn(step.number))
         yield from self._converse(step, shared)
         assert shared.result is not None
         return shared.result, self._shared.parameters
@@ -306,6 +302,11 @@ def is_silence(error: OptserveError) -> bool:
     return not error.reason or isinstance(error, StalledError)
 
 
+def is_given_up(error: ProtocolError) -> bool:
+    """Return whether the server has not got any more what it was asked for without its bytes."""
+    return error.reason == "BYTE_COUNT_MISMATCH"
+
+
 def steps_lost(known: int, steps: int) -> StepsLostError:
     """Return the error for a session of which ``known`` steps were answered, and that has fewer."""
     return StepsLostError(
@@ -314,6 +315,22 @@ def steps_lost(known: int, steps: int) -> StepsLostError:
         resumes_from=steps + 1,
         lost=known - steps,
     )
+
+
+def _check_kept(step: PendingStep) -> None:
+    """Make sure that a step which was not applied can be sent again, after its server has had it.
+
+    Raises:
+        StepsLostError: Its gradients were nowhere but in memory that was shared.
+    """
+    if step.exposed_to:
+        raise StepsLostError(
+            f"step {step.number} was not applied, and its gradients cannot be sent again: they were"
+            " in memory shared with the server, which may have changed them; resume(), and compute"
+            " them again",
+            resumes_from=step.number,
+            lost=0,
+        )
 
 
 def check_unary_fits(headers: Iterable[TensorHeader]) -> None:

@@ -89,10 +89,10 @@ def _fill(
 
     Return how many bytes they are.
     """
-    for i, (spec, gradient) in enumerate(zip(specs, request.gradients, strict=True)):
-        decode.check_byte_count(spec, len(gradient.data), f"gradients[{i}].data", encoding)
-    if contribution.settled is None:
+    if contribution.settled is None:  # Else nobody looks at them: they may have been left out.
         targets = encoded.GradientTargets(encoding).of(contribution.targets)
+        for i, (spec, gradient) in enumerate(zip(specs, request.gradients, strict=True)):
+            decode.check_byte_count(spec, len(gradient.data), f"gradients[{i}].data", encoding)
         for target, gradient in zip(targets, request.gradients, strict=True):
             target.write(0, memoryview(gradient.data))
     return sum(len(gradient.data) for gradient in request.gradients)

@@ -84,6 +84,45 @@ test('a contribution that waits for the other workers goes on waiting after a cu
   assert.ok(proxy.sentBytes - before < MESSAGES_BYTES);
 });
 
+test('a step whose round is given up just when it is asked for is sent whole', async () => {
+  const { proxy, through } = await proxied();
+  const { session } = await counted({ through, spec: { workers: 2 } });
+  const [first, second] = [await session.join(0), await (await direct(session.id)).join(1)];
+  const huge = ones.map(() => 2 ** 127);
+  const mine = first.step({ w: huge });
+  while (!(await (await direct(session.id)).getContribution(0)).step) await delay(10);
+  const before = proxy.sentBytes;
+  const gate = proxy.withhold();
+  proxy.cut();
+  await gate.come; // The server has said that the step waits, and nobody has heard it.
+  await assert.rejects(second.step({ w: huge }), { reason: 'NON_FINITE_GRADIENT' }); // Their sum is.
+  gate.open();
+  const other = second.step({ w: ones });
+  const [a, b] = await Promise.all([mine, other]);
+  assert.deepEqual([a.step, b.step], [1, 1]);
+  assert.ok(a.parameters.w?.data.every((value) => value === -(2 ** 126))); // One is lost in it.
+  assert.ok(proxy.sentBytes - before > GRADIENT_BYTES);
+});
+
+test('who waits for the step of another goes on when its round is given up', async () => {
+  const { session } = await counted({ spec: { ...SMALL, workers: 2 } });
+  const huge = { w: new Float32Array(3).fill(2 ** 127) };
+  const given = (await session.join(0)).step(huge).catch((error) => error);
+  const { proxy, through } = await proxied();
+  const heir = await connected(through).getSession(session.id);
+  while (!(await heir.getContribution(0)).step) await delay(10);
+  await session.close();
+  assert.ok((await given) instanceof ClosedError);
+  const second = await (await direct(session.id)).join(1);
+  const gate = proxy.withhold();
+  proxy.cut();
+  const resumed = heir.resume(0);
+  await gate.come; // Of GetContribution: the step waits.
+  await assert.rejects(second.step(huge), { reason: 'NON_FINITE_GRADIENT' });
+  gate.open();
+  assert.equal((await resumed).steps, 0);
+});
+
 test('a connection that has died in silence is left, and so is its seat', async () => {
   const { proxy, through } = await proxied();
   const channel = { 'grpc.keepalive_timeout_ms': 500 };
