@@ -42,6 +42,7 @@ OWNER, NEIGHBOUR = "alice", "bob"
 OWNER_TOKEN, NEIGHBOUR_TOKEN = "alices-token", "bobs-token"
 ISSUER, AUDIENCE = "https://issuer.example", "optserve.example"
 TIMEOUT_S = 10.0
+LEEWAY_S = 5
 
 _Key = ec.EllipticCurvePrivateKey
 
@@ -176,7 +177,7 @@ def _token_access(folder: Path, provider: Provider) -> Access:
         issuer=ISSUER,
         audience=AUDIENCE,
         claim="claimed_tenant",
-        leeway_s=5,
+        leeway_s=LEEWAY_S,
     )
     return Access(tokens=Tokens(token_file(folder / "tokens.toml", tokens)), issuer=issuer)
 

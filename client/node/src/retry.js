@@ -6,6 +6,7 @@ import {
   LimitError,
   OptserveError,
   RequestError,
+  UnauthenticatedError,
   UnavailableError,
 } from './errors.js';
 
@@ -116,12 +117,14 @@ export function retryTerms(given = {}) {
 
 /**
  * Whether the same may work later: nothing answered, or the server asks to come back. A round that the other workers did not
- * come to is none of these: how long a step waits for them is for the session to say.
+ * come to is none of these: how long a step waits for them is for the session to say. A call in the middle of which its token
+ * has ended may come again with another one; without, it is not let in, for good.
  *
  * @param {OptserveError} error
  * @returns {boolean}
  */
 export function isPassing(error) {
-  if (error instanceof LimitError) return error.retryAfterS !== undefined;
+  const saysWhen = error instanceof LimitError || error instanceof UnauthenticatedError;
+  if (saysWhen) return error.retryAfterS !== undefined;
   return error instanceof UnavailableError || error.reason === 'STALLED';
 }

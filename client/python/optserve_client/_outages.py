@@ -10,7 +10,13 @@ from typing import TypeVar
 
 from optserve_client._effects import Operation, Pause
 from optserve_client.config import Retry
-from optserve_client.errors import LimitError, OptserveError, StalledError, UnavailableError
+from optserve_client.errors import (
+    LimitError,
+    OptserveError,
+    StalledError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 
 _Result = TypeVar("_Result")
 
@@ -21,9 +27,10 @@ def may_pass(error: OptserveError) -> bool:
     """Return whether the same may work later: nothing answered, or the server asks to come back.
 
     A round that the other workers did not come to is none of these: how long a step waits for them
-    is for the session to say.
+    is for the session to say. A call in the middle of which its token has ended may come again with
+    another one; without, it is not let in, for good.
     """
-    if isinstance(error, LimitError):
+    if isinstance(error, (LimitError, UnauthenticatedError)):
         return error.retry_after_s is not None
     return isinstance(error, (UnavailableError, StalledError))
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc
 
 from optserve_server.core.errors import UnauthenticatedError
 from optserve_server.core.tenant import DEFAULT_TENANT, is_tenant
+from optserve_server.rpc.caller import Caller
 from optserve_server.rpc.tokens import Tokens
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -38,12 +40,52 @@ def tenant() -> str:
 class Issuer(Protocol):
     """Knows whose the tokens are that somebody else has issued."""
 
-    async def tenant(self, token: str) -> str:
+    async def caller(self, token: str) -> Caller:
         """Return whose a token is.
 
         Raises:
             UnauthenticatedError: It is nobody's.
         """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """A call that was let in."""
+
+    caller: Caller
+    access: Access
+    context: _Context
+
+    def check(self) -> None:
+        """Make sure that what was shown when the call began is accepted still.
+
+        Raises:
+            UnauthenticatedError: It is not. Whoever has something else to show may come again.
+        """
+        if ended := self.caller.ended():
+            error = UnauthenticatedError(
+                f"{ended}: call again, with one that is accepted",
+                expected="a token that is accepted",
+                retry_after_s=0.0,
+            )
+            self.access.complain(error, self.context.peer())
+            raise error
+
+
+class Answering:
+    """What a call that was let in answers by, message for message: its context, as far as that."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+
+    async def write(self, message: Any) -> None:  # noqa: ANN401 - A message, or chunks of one.
+        """Send a message.
+
+        Raises:
+            UnauthenticatedError: As of Admission.check.
+        """
+        self._admission.check()
+        await self._admission.context.write(message)
 
 
 class Access:
@@ -70,32 +112,32 @@ class Access:
         self._complained_s = float("-inf")
         self._unsaid = 0
 
-    async def admit(self, context: _Context) -> str:
-        """Find out whose call it is, once for all of it; return the tenant.
+    async def admit(self, context: _Context) -> Admission:
+        """Find out whose call it is, once for all of it.
 
         Raises:
             UnauthenticatedError: The caller does not show who it is.
         """
         try:
-            found = await self._find(context)
+            caller = await self._find(context)
         except UnauthenticatedError as error:
-            self._complain(error, context.peer())
+            self.complain(error, context.peer())
             raise
-        _TENANT.set(found)
-        return found
+        _TENANT.set(caller.tenant)
+        return Admission(caller=caller, access=self, context=context)
 
-    async def _find(self, context: _Context) -> str:
+    async def _find(self, context: _Context) -> Caller:
         if self._tokens is None and self._issuer is None:
-            return _certified(context) if self._certificates else DEFAULT_TENANT
+            return Caller(tenant=_certified(context) if self._certificates else DEFAULT_TENANT)
         token = _token(context)
-        found = self._tokens.tenant(token) if self._tokens else None
+        found = self._tokens.caller(token) if self._tokens else None
         if found is None and self._issuer:
-            found = await self._issuer.tenant(token)
+            found = await self._issuer.caller(token)
         if found is None:
             raise not_accepted()
         return found
 
-    def _complain(self, error: UnauthenticatedError, peer: str) -> None:
+    def complain(self, error: UnauthenticatedError, peer: str) -> None:
         """Log a refusal, but not each one of somebody who tries many."""
         now = time.monotonic()
         if now - self._complained_s < _COMPLAINT_INTERVAL_S:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 
 from optserve_server.core.errors import UnauthenticatedError
 from optserve_server.core.events import Observer
 from optserve_server.rpc import status
-from optserve_server.rpc.access import Access
+from optserve_server.rpc.access import Access, Answering
 
 _Handler = Any  # grpc.RpcMethodHandler, whose attributes its types do not name.
 _Context = Any  # grpc.aio.ServicerContext[Any, Any]
@@ -51,19 +51,23 @@ class Gate(grpc.aio.ServerInterceptor):
 
     def _guarded(self, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         async def yielding(request: Any, context: _Context) -> AsyncIterator[Any]:
-            await self._admit(context)
-            async for response in behaviour(request, context):
-                yield response
+            try:
+                admission = await self._access.admit(context)
+                async for response in behaviour(request, context):
+                    admission.check()
+                    yield response
+            except UnauthenticatedError as error:
+                await self._refuse(error, context)
 
         async def answering(request: Any, context: _Context) -> Any:
-            await self._admit(context)
-            return await behaviour(request, context)
+            try:
+                admission = await self._access.admit(context)
+                return await behaviour(request, Answering(admission))
+            except UnauthenticatedError as error:
+                await self._refuse(error, context)
 
         return yielding if inspect.isasyncgenfunction(behaviour) else answering
 
-    async def _admit(self, context: _Context) -> None:
-        try:
-            await self._access.admit(context)
-        except UnauthenticatedError as error:
-            self._observer.refused(status.reason_of(error))
-            await status.abort(context, error)
+    async def _refuse(self, error: UnauthenticatedError, context: _Context) -> NoReturn:
+        self._observer.refused(status.reason_of(error))
+        await status.abort(context, error)

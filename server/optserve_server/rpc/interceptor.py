@@ -23,7 +23,7 @@ from optserve_server.core.events import Observer, RpcKind, RpcMethod
 from optserve_server.core.limits import Limits
 from optserve_server.core.traffic import Traffic
 from optserve_server.rpc import status, transfer
-from optserve_server.rpc.access import Access
+from optserve_server.rpc.access import Access, Admission, Answering
 from optserve_server.rpc.constraints import check_known
 
 _LOGGER = logging.getLogger(__name__)
@@ -117,20 +117,22 @@ class Boundary(grpc.aio.ServerInterceptor):
     def _with_message(self, method: RpcMethod, behaviour: Callable[..., Awaitable[Any]]) -> Any:
         async def handle(requests: AsyncIterator[Any], context: _Context) -> Any:
             async with self._handling(method, context):
-                with await self._admitted(method, context):
+                admission = await self._access.admit(context)
+                with self._place(method, admission.caller.tenant):
                     request = _checked(method, await transfer.next_or_none(requests, self._limits))
                     # To its end, or gRPC keeps the message until Python looks for cycles.
                     if await transfer.next_or_none(requests, self._limits) is not None:
                         raise MalformedMessageError(f"{method.method} takes one message")
-                    return await behaviour(request, context)
+                    return await behaviour(request, Answering(admission))
 
         return handle
 
     def _with_messages(self, method: RpcMethod, behaviour: Callable[..., Awaitable[Any]]) -> Any:
         async def handle(requests: AsyncIterator[Any], context: _Context) -> Any:
             async with self._handling(method, context):
-                with await self._admitted(method, context):
-                    checked = (_checked(method, request) async for request in requests)
+                admission = await self._access.admit(context)
+                with self._place(method, admission.caller.tenant):
+                    checked = _each_checked(method, requests, admission)
                     return await behaviour(checked, context)
 
         return handle
@@ -162,10 +164,18 @@ class Boundary(grpc.aio.ServerInterceptor):
         finally:
             self._observer.rpc_handled(method, code, time.perf_counter() - started)
 
-    async def _admitted(self, method: RpcMethod, context: _Context) -> AbstractContextManager[None]:
-        """Let a call in whose caller is known, if there is room; return what holds its place."""
-        self._traffic.begin(await self._access.admit(context))
+    def _place(self, method: RpcMethod, tenant: str) -> AbstractContextManager[None]:
+        """Let a tenant's call in, if there is room; return what holds its place."""
+        self._traffic.begin(tenant)
         return self._traffic.call() if method.kind is RpcKind.UNARY else self._traffic.stream()
+
+
+async def _each_checked(
+    method: RpcMethod, requests: AsyncIterator[Any], admission: Admission
+) -> AsyncIterator[Any]:
+    async for request in requests:
+        admission.check()
+        yield _checked(method, request)
 
 
 def _checked(method: RpcMethod, request: Any) -> Any:

@@ -10,6 +10,7 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ import jwt
 from optserve_server.core.errors import UnauthenticatedError
 from optserve_server.core.tenant import is_tenant
 from optserve_server.rpc.access import not_accepted
+from optserve_server.rpc.caller import Caller
 from optserve_server.rpc.watched import UnusableFileError, Watched
 
 _LOGGER = logging.getLogger(__name__)
@@ -54,8 +56,8 @@ class IssuedTokens:
     leeway_s: float
     """How far the issuer's clock may be from ours."""
 
-    async def tenant(self, token: str) -> str:
-        """Return whose a token is.
+    async def caller(self, token: str) -> Caller:
+        """Return whose a token is, until it expires.
 
         Raises:
             UnauthenticatedError: It is nobody's. What it is raised from says why, for the log.
@@ -78,7 +80,15 @@ class IssuedTokens:
                 raise jwt.InvalidTokenError("the claim names no tenant")
         except jwt.PyJWTError as error:
             raise not_accepted() from error
-        return tenant
+        expires_s = int(claims["exp"])
+
+        def ended() -> str:
+            # By the clock that every other look at a token goes by: it may be set meanwhile.
+            if time.time() < expires_s + self.leeway_s:
+                return ""
+            return f"the token has expired at {datetime.fromtimestamp(expires_s, UTC).isoformat()}"
+
+        return Caller(tenant=tenant, ended=ended)
 
 
 class FileKeys:

@@ -19,6 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from optserve_server.core.tenant import TENANT_BYTES_MAX, is_tenant
+from optserve_server.rpc.caller import Caller
 from optserve_server.rpc.watched import UnusableFileError, Watched
 
 __all__ = ["Tokens"]
@@ -39,11 +40,20 @@ class Tokens:
         """
         self._tenants = Watched([path], lambda contents: _parsed(path, contents[0]))
 
-    def tenant(self, token: str) -> str | None:
-        """Return whose a token is; None if it is nobody's."""
+    def caller(self, token: str) -> Caller | None:
+        """Return whose a token is, for as long as the file says so; None if it is nobody's."""
         # What is looked for is a hash. How long that takes says nothing that helps to guess a
         # token: who tries one cannot tell which hash it will have.
-        return self._tenants.current().get(_hash(token))
+        digest = _hash(token)
+        tenant = self._tenants.current().get(digest)
+        if tenant is None:
+            return None
+
+        def ended() -> str:
+            held = self._tenants.current().get(digest) == tenant
+            return "" if held else "the token was taken back in the middle of the call"
+
+        return Caller(tenant=tenant, ended=ended)
 
 
 def made(tenant: str) -> tuple[str, str]:

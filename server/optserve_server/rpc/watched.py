@@ -48,11 +48,12 @@ class Watched(Generic[_T]):
 
     def current(self) -> _T:
         """Return what the files say; up to a second ago, and never what is half written."""
-        with self._lock:
-            if time.monotonic() >= self._look_s:
-                self._look()
-                self._look_s = time.monotonic() + LOOK_INTERVAL_S
-            return self._value
+        if time.monotonic() >= self._look_s:  # Without the lock: streams ask with each message.
+            with self._lock:
+                if time.monotonic() >= self._look_s:
+                    self._look()
+                    self._look_s = time.monotonic() + LOOK_INTERVAL_S
+        return self._value
 
     def _look(self) -> None:
         try:

@@ -70,8 +70,8 @@ def test_keys_are_fetched_once_for_all_who_come(publisher: KeyServer, provider: 
 
     async def ask() -> list[str]:
         tokens = _tokens(FetchedKeys(publisher.url))
-        first = await asyncio.gather(*[tokens.tenant(provider.token()) for _ in range(20)])
-        return [*first, await tokens.tenant(provider.token("bob"))]
+        first = await asyncio.gather(*[tokens.caller(provider.token()) for _ in range(20)])
+        return [each.tenant for each in (*first, await tokens.caller(provider.token("bob")))]
 
     assert publisher.asked == 0
     assert asyncio.run(ask()) == [OWNER] * 20 + ["bob"]
@@ -85,14 +85,14 @@ def test_a_key_that_is_new_is_fetched_but_not_as_often_as_strangers_ask(
 
     async def ask() -> None:
         tokens = _tokens(FetchedKeys(publisher.url))
-        assert await tokens.tenant(provider.token()) == OWNER
+        assert (await tokens.caller(provider.token())).tenant == OWNER
         publisher.key_set = provider.key_set("one", "two")
         for number in range(20):
             with pytest.raises(UnauthenticatedError):
-                await tokens.tenant(provider.token(key_id=f"invented-{number}"))
+                await tokens.caller(provider.token(key_id=f"invented-{number}"))
         assert publisher.asked == 1
         monkeypatch.setattr(issued, "_COOLDOWN_S", 0.0)
-        assert await tokens.tenant(provider.token(key_id="two")) == OWNER
+        assert (await tokens.caller(provider.token(key_id="two"))).tenant == OWNER
         assert publisher.asked == 2
 
     asyncio.run(ask())
@@ -109,13 +109,13 @@ def test_keys_stay_in_force_while_the_issuer_does_not_answer(
 
     async def ask() -> None:
         tokens = _tokens(FetchedKeys(publisher.url))
-        assert await tokens.tenant(provider.token()) == OWNER
+        assert (await tokens.caller(provider.token())).tenant == OWNER
         publisher.key_set = ""
         monkeypatch.setattr(issued, "_LIFESPAN_S", 0.0)
         while publisher.asked < 3:
-            assert await tokens.tenant(provider.token()) == OWNER
+            assert (await tokens.caller(provider.token())).tenant == OWNER
             await asyncio.sleep(0.001)
-        assert await tokens.tenant(provider.token()) == OWNER
+        assert (await tokens.caller(provider.token())).tenant == OWNER
 
     asyncio.run(ask())
     assert "cannot be fetched" in caplog.text
@@ -129,11 +129,11 @@ def test_a_key_that_the_issuer_takes_back_is_forgotten(
 
     async def ask() -> None:
         tokens = _tokens(FetchedKeys(publisher.url))
-        assert await tokens.tenant(provider.token()) == OWNER
+        assert (await tokens.caller(provider.token())).tenant == OWNER
         publisher.key_set = provider.key_set("two")
         monkeypatch.setattr(issued, "_LIFESPAN_S", 0.0)
         while True:  # Whoever comes first has new keys fetched, and is let in.
-            assert await tokens.tenant(provider.token()) == OWNER
+            assert (await tokens.caller(provider.token())).tenant == OWNER
             await asyncio.sleep(0.001)
 
     with pytest.raises(UnauthenticatedError):
@@ -144,7 +144,7 @@ def test_without_keys_a_caller_is_told_when_to_come_again(
     publisher: KeyServer, provider: Provider
 ) -> None:
     async def ask() -> None:
-        await _tokens(FetchedKeys(publisher.url)).tenant(provider.token())
+        await _tokens(FetchedKeys(publisher.url)).caller(provider.token())
 
     with pytest.raises(UnauthenticatedError, match="its issuer does not answer") as caught:
         asyncio.run(ask())
@@ -158,7 +158,7 @@ def test_a_token_that_names_no_key_is_signed_with_the_only_one(
 
     def tenant(*names: str) -> str:
         path.write_text(provider.key_set(*names))
-        return asyncio.run(_tokens(keys_at(str(path))).tenant(provider.token(key_id="")))
+        return asyncio.run(_tokens(keys_at(str(path))).caller(provider.token(key_id=""))).tenant
 
     assert tenant("one") == OWNER
     with pytest.raises(UnauthenticatedError):
@@ -181,4 +181,4 @@ def test_a_key_for_something_else_than_signatures_is_none(
     path = tmp_path / "keys.json"
     path.write_text(json.dumps(key_set))
     with pytest.raises(UnauthenticatedError):
-        asyncio.run(_tokens(keys_at(str(path))).tenant(provider.token()))
+        asyncio.run(_tokens(keys_at(str(path))).caller(provider.token()))

@@ -15,6 +15,13 @@ COMMAND = [sys.executable, "-m", "optserve_server.rpc.tokens"]
 SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"  # Of "test".
 
 
+def _tenant(tokens: Tokens, token: str) -> str:
+    caller = tokens.caller(token)
+    assert caller
+    assert not caller.ended()
+    return caller.tenant
+
+
 def test_the_command_appends_to_the_file_and_shows_the_token_once(tmp_path: Path) -> None:
     path = tmp_path / "tokens.toml"
     shown = []
@@ -25,7 +32,7 @@ def test_the_command_appends_to_the_file_and_shows_the_token_once(tmp_path: Path
             )
             shown.append(run.stderr.split()[-1])
     tokens = Tokens(path)
-    assert [tokens.tenant(token) for token in shown] == ["alice", "bob", "alice"]
+    assert [_tenant(tokens, token) for token in shown] == ["alice", "bob", "alice"]
     assert len(set(shown)) == 3
     assert not [token for token in shown if token in path.read_text()]
 
@@ -34,10 +41,10 @@ def test_what_is_no_token_of_the_file_is_nobody_s(tmp_path: Path) -> None:
     path = tmp_path / "tokens.toml"
     path.write_text(f'[[token]]\ntenant = "alice"\nsha256 = "{SHA256}"\n')
     tokens = Tokens(path)
-    assert tokens.tenant("test") == "alice"
-    assert tokens.tenant("tes") is None
-    assert tokens.tenant(SHA256) is None
-    assert tokens.tenant("\udcff") is None  # What is no text can come in a header.
+    assert _tenant(tokens, "test") == "alice"
+    assert tokens.caller("tes") is None
+    assert tokens.caller(SHA256) is None
+    assert tokens.caller("\udcff") is None  # What is no text can come in a header.
 
 
 @pytest.mark.parametrize("tenant", ["alice", 'quo"ted', "back\\slash", "Ünï", "a@b.example/c"])
@@ -45,7 +52,7 @@ def test_every_name_of_a_tenant_comes_back(tenant: str, tmp_path: Path) -> None:
     token, entry = made(tenant)
     path = tmp_path / "tokens.toml"
     path.write_text(entry)
-    assert Tokens(path).tenant(token) == tenant
+    assert _tenant(Tokens(path), token) == tenant
 
 
 @pytest.mark.parametrize("tenant", ["", "a\nb", "x" * 257], ids=["empty", "two-lines", "long"])
