@@ -149,7 +149,8 @@ class Config(BaseSettings):
     tenant_sessions_max: Annotated[int, Field(ge=0, le=1 << 31)] = _LIMITS.tenant_sessions_max
     """How many sessions a tenant may have; 0 means as many as all together."""
     tenant_bytes_max: ByteSize = ByteSize(_LIMITS.tenant_bytes_max)
-    """Memory that the sessions of a tenant may take together; 0 means as much as all together."""
+    """Memory that a tenant may take, for its sessions and whatever goes on in them; 0 means as much
+    as all together."""
     memory_bytes_max: ByteSize = ByteSize(0)
     """Memory that sessions may take together, such as 8GiB; 0 means 80 % of the device's memory."""
     session_bytes_max: ByteSize = ByteSize(0)

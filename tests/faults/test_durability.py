@@ -290,12 +290,30 @@ def test_what_is_in_force_says_how_often_snapshots_are_taken() -> None:
 
 def test_a_session_without_room_for_a_copy_of_it_is_saved_all_the_same() -> None:
     with durable_server() as server:
-        count = server.driver.create(durable_spec(JOURNAL), model()).status.reserved_bytes
+        count = server.driver.create(durable_spec(snapshots(2)), model()).status.reserved_bytes
     with durable_server(limits=Limits(memory_bytes_max=count + 100)) as server:
         session_id = server.driver.create(durable_spec(snapshots(2)), model()).status.session_id
         stepped(server.driver, session_id, 1, 9)
         assert server.driver.get(session_id).status.durable_steps >= 7
         assert server.registry.budget.reserved_bytes == count
+
+
+@pytest.mark.parametrize("limit", ["memory_bytes_max", "tenant_bytes_max"])
+@pytest.mark.parametrize("has_room", [True, False])
+def test_the_copy_that_a_snapshot_takes_is_reserved(limit: str, *, has_room: bool) -> None:
+    with durable_server() as server:
+        count = server.driver.create(durable_spec(snapshots(2)), model()).status.reserved_bytes
+    with durable_server(limits=Limits(**{limit: count + (count if has_room else 100)})) as server:
+        session_id = server.driver.create(durable_spec(snapshots(2)), model()).status.session_id
+        during = []
+
+        def note(operation: str) -> None:
+            if operation.startswith("make "):
+                during.append(server.registry.budget.reserved_bytes)
+
+        server.disk.before = note
+        stepped(server.driver, session_id, 1, 3)
+        assert (max(during) > count) == has_room
 
 
 def test_a_server_says_whether_sessions_may_survive_it() -> None:

@@ -75,6 +75,12 @@ LIMITS: dict[str, tuple[Limits, Act, str, str]] = {
         "MEMORY_EXHAUSTED",
         "spec.parameters",
     ),
+    "tenant_bytes_max for an evaluation": (
+        Limits(tenant_bytes_max=400_000),
+        _evaluated,
+        "MEMORY_EXHAUSTED",
+        "predictions",
+    ),
     "memory_bytes_max": (
         Limits(memory_bytes_max=400_000),
         _created(shaped(LARGE.numel())),
@@ -235,12 +241,13 @@ def test_memory_is_given_back_with_the_session() -> None:
         assert where.look() == before
 
 
-def test_a_session_that_takes_all_the_memory_can_be_given_its_values() -> None:
+@pytest.mark.parametrize("limit", ["memory_bytes_max", "tenant_bytes_max"])
+def test_a_session_that_takes_all_the_memory_can_be_given_its_values(limit: str) -> None:
     values = {"w": LARGE, "b": LARGE}
     wanted = spec(SGD(lr=1), parameters=values)
     with ground() as asked:
         enough = asked.look().reserved_bytes + asked.driver.create(wanted).status.reserved_bytes
-    with ground(Limits(memory_bytes_max=enough)) as where:
+    with ground(Limits(**{limit: enough})) as where:
         session_id = where.driver.create(wanted).status.session_id
         # In the room of its gradients, of which none can come yet.
         for name, value in values.items():

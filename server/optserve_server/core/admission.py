@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -24,6 +25,8 @@ TENSOR_OVERHEAD_BYTES = 3072
 _TEMPORARIES_OF_ONE = 4
 _TEMPORARIES_OF_ALL = 3
 _NORM_ITEM_BYTES = 4  # The norm of 16-bit floats is that of a copy in 32 bits.
+_EVALUATION_COPIES = 4  # What came, and what torch computes between it and the gradient.
+_CLASSES_OF_ROW_BYTES = 16  # For the accuracy: the predicted class and the right one, as INT64.
 _RETRY_AFTER_S = (
     5.0  # Sessions end when people end them; asking more often than this does not help.
 )
@@ -73,6 +76,21 @@ def _temporary_bytes(
     group: GroupSpec, parameters: Sequence[TensorSpec], device: torch.device
 ) -> int:
     """Return how much memory a step of a group takes for a while."""
+def walked_bytes(spec: TensorSpec) -> int:
+    """Return how many bytes torch walks along a tensor, and allocates beside it.
+
+    A dimension of zero leaves no bytes, but torch still goes along the others.
+    """
+    return math.prod(max(size, 1) for size in spec.shape) * spec.dtype.itemsize
+
+
+def evaluation_bytes(predictions: TensorSpec, targets: TensorSpec) -> int:
+    """Return how much memory an evaluation takes at most: what comes, and what is answered, too."""
+    count = walked_bytes(predictions) + walked_bytes(targets)
+    rows = math.prod(max(size, 1) for size in (*predictions.shape[:1], *predictions.shape[2:]))
+    return _EVALUATION_COPIES * count + _CLASSES_OF_ROW_BYTES * rows
+
+
     norms = [each.element_count for each in parameters if each.dtype.itemsize < _NORM_ITEM_BYTES]
     norm_bytes = max(norms, default=0) * _NORM_ITEM_BYTES
     if group.hyperparameters.get("fused"):
@@ -151,15 +169,6 @@ class Budget:
                 expected=f"at most {self._limits.session_bytes_max} bytes",
                 actual=f"{count} bytes",
             )
-
-    @contextmanager
-    def reserved(self, count: int, *, what: str, field: str) -> Iterator[None]:
-        """Promise memory for the time of a block. Raises as reserve()."""
-        self.reserve(count, what=what, field=field)
-        try:
-            yield
-        finally:
-            self.release(count)
 
     def _set(self, reserved_bytes: int) -> None:
         self.reserved_bytes = reserved_bytes

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from typing import Protocol
 
-from optserve_server.core.admission import Budget
 from optserve_server.core.errors import MemoryExhaustedError
+from optserve_server.core.quotas import TenantBudget
 from optserve_server.core.session import Session
 from optserve_server.core.state import SessionState
 from optserve_server.core.storage import Json
@@ -32,7 +32,9 @@ class Captured(Protocol):
 
 
 @asynccontextmanager
-async def captured(served: Captured, budget: Budget, *, what: str) -> AsyncIterator[SessionState]:
+async def captured(
+    served: Captured, budget: TenantBudget, *, what: str
+) -> AsyncIterator[SessionState]:
     """Have a session's state, as it is between two steps, for the time of a block.
 
     The session is held for the copy of its state, which is reserved. Where there is no room for a
@@ -59,7 +61,7 @@ async def captured(served: Captured, budget: Budget, *, what: str) -> AsyncItera
             yield state
 
 
-def _has_room(count: int, budget: Budget, what: str, reserved: ExitStack) -> bool:
+def _has_room(count: int, budget: TenantBudget, what: str, reserved: ExitStack) -> bool:
     """Reserve memory for a copy, if there is any."""
     try:
         reserved.enter_context(budget.reserved(count, what=what, field=""))

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from optserve_server.core.actor import SessionActor
-from optserve_server.core.admission import Budget
 from optserve_server.core.capture import captured
 from optserve_server.core.durability import exhausted
 from optserve_server.core.errors import (
@@ -23,6 +22,7 @@ from optserve_server.core.errors import (
 )
 from optserve_server.core.limits import Limits
 from optserve_server.core.persistence import Persistence
+from optserve_server.core.quotas import Quotas
 from optserve_server.core.spec_json import Read, SpecVersionError
 from optserve_server.core.state import SessionState, StateVersionError, to_snapshot, to_state
 from optserve_server.core.storage import (
@@ -86,16 +86,16 @@ class _Tenant:
 class Checkpoints:
     """Keeps the checkpoints of all tenants. Everything is called on the event loop."""
 
-    def __init__(self, surroundings: Surroundings, budget: Budget, limits: Limits) -> None:
+    def __init__(self, surroundings: Surroundings, quotas: Quotas, limits: Limits) -> None:
         """Keep them where the sessions of ``surroundings`` survive; read none yet.
 
         Args:
             surroundings: Of the sessions.
-            budget: For copies of sessions, and for what is read.
+            quotas: For copies of sessions, and for what is read.
             limits: In force.
         """
         self._surroundings = surroundings
-        self._budget = budget
+        self._quotas = quotas
         self._limits = limits
         self._tenants: dict[str, _Tenant] = {}
         self._numbers = itertools.count(1)
@@ -155,7 +155,8 @@ class Checkpoints:
         key = CheckpointKey(tenant=tenant, session_id=session_id, name=name)
         _, saved = (await self._read(tenant)).saved.get(key, (0, _unknown(key)))
         persistence = self._persistence()
-        with self._budget.reserved(saved.byte_count, what="the checkpoint", field="name"):
+        budget = self._quotas.of(tenant)
+        with budget.reserved(saved.byte_count, what="the checkpoint", field="name"):
             yield await persistence.run(lambda: _open(persistence, key))
 
     async def delete(self, tenant: str, session_id: str, name: str) -> Saved:
@@ -173,7 +174,8 @@ class Checkpoints:
         key = CheckpointKey(tenant=actor.opened.tenant, session_id=actor.session_id, name=name)
         own = await self._read(key.tenant)
         # In this order: whoever waits for a session keeps no other from being saved.
-        async with captured(actor, self._budget, what="a checkpoint") as state, own.lock:
+        budget = self._quotas.of(key.tenant)
+        async with captured(actor, budget, what="a checkpoint") as state, own.lock:
             if key in own.saved:
                 return _same(own.saved[key][1], state)
             self._check_count(len(own.saved))

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from optserve_server.core import failpoints
-from optserve_server.core.admission import Budget
 from optserve_server.core.capture import Captured, captured
 from optserve_server.core.changes import Change, to_record
 from optserve_server.core.errors import (
@@ -26,6 +25,7 @@ from optserve_server.core.errors import (
 from optserve_server.core.events import SnapshotSaved
 from optserve_server.core.limits import Limits
 from optserve_server.core.persistence import Persistence
+from optserve_server.core.quotas import TenantBudget
 from optserve_server.core.spec import DurabilityMode
 from optserve_server.core.state import SessionState, to_snapshot
 from optserve_server.core.storage import (
@@ -69,7 +69,7 @@ class Archive:
         saved_steps: int,
         persistence: Persistence,
         surroundings: Surroundings,
-        budget: Budget,
+        budget: TenantBudget,
         limits: Limits,
     ) -> None:
         """Keep a session, which is where its store is; nobody else may write to that.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from optserve_server.core.admission import Budget
 from optserve_server.core.errors import MemoryExhaustedError, TooManyError
 from optserve_server.core.limits import Limits
 
@@ -19,9 +22,10 @@ class _Use:
 class Quotas:
     """What each tenant has. One that has nothing is forgotten."""
 
-    def __init__(self, limits: Limits) -> None:
-        """Give each tenant at most what ``limits`` allow; 0 is no quota."""
+    def __init__(self, limits: Limits, budget: Budget) -> None:
+        """Give each tenant at most what ``limits`` allow, 0 is no quota, and ``budget`` has."""
         self._limits = limits
+        self._budget = budget
         self._uses: dict[str, _Use] = {}
 
     def open(self, tenant: str) -> None:
@@ -51,34 +55,66 @@ class Quotas:
         self._uses[tenant].sessions -= 1
         self._forget(tenant)
 
+    def of(self, tenant: str) -> TenantBudget:
+        """Return what a tenant reserves memory from."""
+        return TenantBudget(self, tenant)
+
     def reserve(self, tenant: str, count: int, *, what: str, field: str) -> None:
-        """Count memory of a tenant, until release(); arguments as of Budget.reserve.
+        """Promise memory to a tenant, until release(); arguments as of Budget.reserve.
 
         Raises:
-            MemoryExhaustedError: It would be more than the tenant may have.
+            MemoryExhaustedError: It would be more than the tenant may have, or than is left.
         """
         use, most = self._uses.get(tenant, _Use()), self._limits.tenant_bytes_max
         if most and use.reserved_bytes + count > most:
             raise MemoryExhaustedError(
                 f"{what} needs {count} bytes; {_named(tenant)} has {use.reserved_bytes} of {most};"
-                " delete sessions that are done",
+                " delete sessions that are done, or try again later",
                 field=field,
                 expected=f"at most {max(0, most - use.reserved_bytes)} bytes",
                 actual=f"{count} bytes",
                 retry_after_s=_RETRY_AFTER_S,
             )
+        self._budget.reserve(count, what=what, field=field)
         use.reserved_bytes += count
         self._uses[tenant] = use
 
     def release(self, tenant: str, count: int) -> None:
-        """Count memory of a tenant no longer."""
+        """Give back what was promised to a tenant."""
         if count:
+            self._budget.release(count)
             self._uses[tenant].reserved_bytes -= count
             self._forget(tenant)
 
     def _forget(self, tenant: str) -> None:
         if self._uses[tenant] == _Use():
             del self._uses[tenant]
+
+
+class TenantBudget:
+    """The memory as one tenant has it: what it reserves is its own, and of all."""
+
+    def __init__(self, quotas: Quotas, tenant: str) -> None:
+        """Reserve for ``tenant``, within its quota of ``quotas``."""
+        self._quotas = quotas
+        self._tenant = tenant
+
+    def reserve(self, count: int, *, what: str, field: str) -> None:
+        """Promise memory, until release(); arguments and errors as of Quotas.reserve."""
+        self._quotas.reserve(self._tenant, count, what=what, field=field)
+
+    def release(self, count: int) -> None:
+        """Give back what was promised."""
+        self._quotas.release(self._tenant, count)
+
+    @contextmanager
+    def reserved(self, count: int, *, what: str, field: str) -> Iterator[None]:
+        """Promise memory for the time of a block. Raises as reserve()."""
+        self.reserve(count, what=what, field=field)
+        try:
+            yield
+        finally:
+            self.release(count)
 
 
 def _named(tenant: str) -> str:

@@ -49,19 +49,19 @@ class SessionRegistry:
         self.limits = limits
         self.surroundings = surroundings
         self.budget = Budget(limits, surroundings.observer)
-        self._quotas = Quotas(limits)
+        self.quotas = Quotas(limits, self.budget)
         self.creations = Creations()
         self._draining = False
         self._actors: dict[str, SessionActor] = {}
         self._shelf = (
-            Shelf(surroundings.persistence, surroundings, self.budget, limits)
+            Shelf(surroundings.persistence, surroundings, self.quotas, limits)
             if surroundings.persistence
             else None
         )
         self._order: dict[str, int] = {}
         self._sequence = itertools.count(1)
         self._opening = 0
-        self.checkpoints = Checkpoints(surroundings, self.budget, limits)
+        self.checkpoints = Checkpoints(surroundings, self.quotas, limits)
 
     def check_accepting(self) -> None:
         """Make sure that new work may begin.
@@ -109,7 +109,7 @@ class SessionRegistry:
                 expected=f"at most {self.limits.sessions_max} sessions",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        self._quotas.open(tenant)
+        self.quotas.open(tenant)
         self._opening += 1
         try:
             session, count = await self._build(tenant, beginning)
@@ -125,10 +125,10 @@ class SessionRegistry:
                     await self._shelf.put(actor, request)
                 except BaseException:
                     session.forget()
-                    self._release(tenant, count)
+                    self.quotas.release(tenant, count)
                     raise
         except BaseException:
-            self._quotas.close(tenant)
+            self.quotas.close(tenant)
             raise
         finally:
             self._opening -= 1
@@ -185,11 +185,11 @@ class SessionRegistry:
         self.budget.check_session(count, field="optimizer")
         growth = max(0, count - actor.reserved_bytes)
         tenant = actor.opened.tenant
-        self._reserve(tenant, growth, what="the change", field="optimizer")
+        self.quotas.reserve(tenant, growth, what="the change", field="optimizer")
         try:
             yield
         except BaseException:
-            self._release(tenant, growth)
+            self.quotas.release(tenant, growth)
             raise
         actor.reserved_bytes += growth
 
@@ -213,7 +213,7 @@ class SessionRegistry:
         if actor is not None and session is actor:
             await to_its_end(actor.work.spawn(self._close(actor)))
         elif self._shelf and parked:
-            self._quotas.close(tenant)
+            self.quotas.close(tenant)
             await self._shelf.discard(parked)
         return session
 
@@ -257,7 +257,7 @@ class SessionRegistry:
             return 0
         for parked in await self._shelf.load():
             self._order[parked.session_id] = next(self._sequence)
-            self._quotas.adopt(parked.opened.tenant)
+            self.quotas.adopt(parked.opened.tenant)
             if parked.request:
                 self.creations.remember(parked.request, parked.session_id)
         return len(self._shelf.parked)
@@ -290,16 +290,16 @@ class SessionRegistry:
     async def _bring_back(self, parked: ParkedSession) -> None:
         assert self._shelf is not None
         tenant, count = parked.opened.tenant, parked.standing().reserved_bytes
-        self._reserve(tenant, count, what="the session", field="session_id")
+        self.quotas.reserve(tenant, count, what="the session", field="session_id")
         try:
             actor = await self._shelf.take(parked, count)
         except BaseException:
-            self._release(tenant, count)
+            self.quotas.release(tenant, count)
             raise
         with suppress(MemoryExhaustedError):  # It is there already, and cannot take less.
             growth = actor.reserved_bytes - count
             actor.reserved_bytes = count
-            self._reserve(tenant, growth, what="the session", field="session_id")
+            self.quotas.reserve(tenant, growth, what="the session", field="session_id")
             actor.reserved_bytes += growth
         self._enter(actor)
 
@@ -316,14 +316,14 @@ class SessionRegistry:
         try:
             await actor.close()
         finally:
-            self._release(actor.opened.tenant, actor.reserved_bytes)
+            self.quotas.release(actor.opened.tenant, actor.reserved_bytes)
             self.surroundings.observer.session_closed(actor.opened)
 
     async def _close(self, actor: SessionActor) -> None:
         try:
             await self._leave(actor)
         finally:
-            self._quotas.close(actor.opened.tenant)
+            self.quotas.close(actor.opened.tenant)
             if self._shelf and actor.archive:
                 await self._shelf.remove(actor)
 
@@ -336,31 +336,13 @@ class SessionRegistry:
         device, limits, field = self.surroundings.device, self.limits, beginning.field
         count = await self._run(lambda: beginning.measure(device, limits))
         self.budget.check_session(count, field=field)
-        self._reserve(tenant, count, what="the session", field=field)
+        self.quotas.reserve(tenant, count, what="the session", field=field)
         try:
             session = await self._run(lambda: beginning.session(device, limits))
         except BaseException:
-            self._release(tenant, count)
+            self.quotas.release(tenant, count)
             raise
         return session, count
-
-    def _reserve(self, tenant: str, count: int, *, what: str, field: str) -> None:
-        """Promise a session's memory, of the tenant's and of all; arguments as of Budget.reserve.
-
-        Raises:
-            MemoryExhaustedError: There is not that much left.
-        """
-        self._quotas.reserve(tenant, count, what=what, field=field)
-        try:
-            self.budget.reserve(count, what=what, field=field)
-        except MemoryExhaustedError:
-            self._quotas.release(tenant, count)
-            raise
-
-    def _release(self, tenant: str, count: int) -> None:
-        """Give back what was promised."""
-        self._quotas.release(tenant, count)
-        self.budget.release(count)
 
     async def _run(self, work: Callable[[], _T]) -> _T:
         """Run ``work`` in a thread, to its end even if the call that asked for it is cancelled."""

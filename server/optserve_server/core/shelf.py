@@ -9,13 +9,13 @@ from types import MappingProxyType
 from typing import Any
 
 from optserve_server.core.actor import SessionActor
-from optserve_server.core.admission import Budget
 from optserve_server.core.catalogue import ParkedSession
 from optserve_server.core.creations import CreationRequest
 from optserve_server.core.durability import Archive, exhausted
 from optserve_server.core.errors import NoStorageError, SessionDamagedError
 from optserve_server.core.limits import Limits
 from optserve_server.core.persistence import Persistence
+from optserve_server.core.quotas import Quotas
 from optserve_server.core.recovery import damaged_error, recover
 from optserve_server.core.state import to_snapshot
 from optserve_server.core.storage import (
@@ -34,19 +34,19 @@ class Shelf:
     """Keeps durable sessions. Everything is called on the event loop."""
 
     def __init__(
-        self, persistence: Persistence, surroundings: Surroundings, budget: Budget, limits: Limits
+        self, persistence: Persistence, surroundings: Surroundings, quotas: Quotas, limits: Limits
     ) -> None:
         """Keep them in ``persistence``; none is known before load().
 
         Args:
             persistence: Where they lie.
             surroundings: What those in memory have around them.
-            budget: For the copies that snapshots take.
+            quotas: For the copies that snapshots take.
             limits: In force.
         """
         self._persistence = persistence
         self._surroundings = surroundings
-        self._budget = budget
+        self._quotas = quotas
         self._limits = limits
         self._parked: dict[str, ParkedSession] = {}
 
@@ -169,7 +169,7 @@ class Shelf:
             saved_steps=saved_steps,
             persistence=self._persistence,
             surroundings=self._surroundings,
-            budget=self._budget,
+            budget=self._quotas.of(actor.opened.tenant),
             limits=self._limits,
         )
         actor.keep(archive)

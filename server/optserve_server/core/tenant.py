@@ -41,7 +41,7 @@ class TenantRegistry:
         self.tenant = tenant
         self.limits = registry.limits
         self.surroundings = registry.surroundings
-        self.budget = registry.budget
+        self.budget = registry.quotas.of(tenant)
         self.creations = registry.creations
         self._checkpoints = registry.checkpoints
 

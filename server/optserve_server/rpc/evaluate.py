@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.wire import Chunk
 from optserve_server.core import evaluation
 from optserve_server.core.actor import SessionActor
+from optserve_server.core.admission import evaluation_bytes, walked_bytes
 from optserve_server.core.errors import LimitExceededError, MissingFieldError
 from optserve_server.core.events import Direction
 from optserve_server.core.losses import LossOutcome
@@ -23,8 +23,6 @@ from optserve_server.core.tensors import TensorSpec, spec_of
 from optserve_server.rpc import decode, encode, transfer
 
 _Context = grpc.aio.ServicerContext[Any, Any]
-
-_COPIES = 4  # What came, and what torch computes between it and the gradient.
 
 
 async def evaluate(
@@ -147,11 +145,7 @@ def _bytes_of(specs: list[TensorSpec], registry: TenantRegistry) -> int:
     Raises:
         LimitExceededError: Predictions and targets are larger than allowed.
     """
-    most = registry.limits.loss_bytes_max
-    # A dimension of zero leaves no bytes, but torch still walks, and allocates, along the others.
-    count = sum(
-        math.prod(max(size, 1) for size in spec.shape) * spec.dtype.itemsize for spec in specs
-    )
+    most, count = registry.limits.loss_bytes_max, sum(walked_bytes(spec) for spec in specs)
     if count > most:
         raise LimitExceededError(
             f"predictions and targets have {count} bytes; {most} are allowed",
@@ -159,7 +153,7 @@ def _bytes_of(specs: list[TensorSpec], registry: TenantRegistry) -> int:
             expected=f"at most {most} bytes",
             actual=f"{count} bytes",
         )
-    return _COPIES * count
+    return evaluation_bytes(*specs)
 
 
 async def _evaluate(

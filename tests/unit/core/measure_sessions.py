@@ -7,11 +7,11 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from parity.cases import OptimizerCase
+from unit.core.measuring import forget_peak, memory
 
 from optserve.v1.session_pb2 import SessionSpec
 from optserve.v1.tensor_pb2 import DataType, TensorHeader
@@ -88,7 +88,7 @@ def _ways(kind: str, data_type: DataType.ValueType) -> list[Options]:
 
 def _measure(message: SessionSpec) -> tuple[int, int]:
     gc.collect(1)
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     spec = session_spec(message, Limits())
     reserved = session_bytes(spec, CPU.torch)
     session = Session(spec, CPU, Limits())
@@ -97,23 +97,14 @@ def _measure(message: SessionSpec) -> tuple[int, int]:
     staging = [CPU.staging(parameter) for parameter in spec.parameters]
     targets = GradientTargets(spec.wire.gradients).of(staging)
     session.set_parameters(dict.fromkeys(range(len(spec.parameters)), torch.zeros(())))
-    _forget_peak()
+    forget_peak()
     for _ in range(2):
         for gradient in staging:
             gradient.fill_(1)
         session.step(list(staging))
-    taken = _memory("VmHWM") - before
+    taken = memory("VmHWM") - before
     del sources, targets  # Held until now.
     return reserved, taken
-
-
-def _memory(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
-
-
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 if __name__ == "__main__":

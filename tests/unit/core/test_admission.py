@@ -25,18 +25,23 @@ TESTS = Path(__file__).parents[2]
 SLACK_BYTES = 1 << 20  # Of what else happens in a process between two looks.
 
 
-@pytest.fixture(scope="module")
-def measured() -> dict[str, tuple[int, int]]:
-    """Measure every case: bytes reserved, and bytes taken at most."""
+def _measured(module: str) -> dict[str, tuple[int, int]]:
+    """Measure every case of a module: bytes reserved, and bytes taken at most."""
     # Every large tensor gets memory of its own, and gives it back when it goes.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "unit.core.measure_sessions"]
+    command = [sys.executable, "-m", f"unit.core.{module}"]
     run = subprocess.run(
         command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
     results: dict[str, tuple[int, int]] = json.loads(run.stdout)
     return results
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, tuple[int, int]]:
+    """Measure sessions."""
+    return _measured("measure_sessions")
 
 
 def test_no_session_takes_more_than_it_reserves(measured: dict[str, tuple[int, int]]) -> None:
@@ -63,6 +68,17 @@ def test_a_fused_session_reserves_no_more_than_it_takes(
         assert reserved < taken + SLACK_BYTES, name
 
 
+def test_no_evaluation_takes_more_than_it_reserves() -> None:
+    evaluations = _measured("measure_evaluations")
+    assert len(evaluations) > 80
+    over = {
+        name: (reserved, taken)
+        for name, (reserved, taken) in evaluations.items()
+        if taken > reserved + SLACK_BYTES
+    }
+    assert over == {}
+
+
 def test_a_budget_gives_what_it_has_and_takes_it_back() -> None:
     budget = Budget(Limits(memory_bytes_max=100, session_bytes_max=60), NullObserver())
     budget.reserve(70, what="it", field="here")
@@ -70,9 +86,9 @@ def test_a_budget_gives_what_it_has_and_takes_it_back() -> None:
         budget.reserve(31, what="it", field="here")
     assert caught.value.field == "here"
     assert caught.value.retry_after_s is not None
-    with budget.reserved(30, what="it", field="here"):
-        assert budget.reserved_bytes == 100
-    assert budget.reserved_bytes == 70
+    budget.reserve(30, what="it", field="here")
+    assert budget.reserved_bytes == 100
+    budget.release(30)
     budget.release(70)
     budget.reserve(100, what="it", field="here")
     budget.check_session(60, field="here")
