@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import signal
 import sys
+from types import FrameType
+from typing import NoReturn
 
 from pydantic import ValidationError
 
 from optserve_server import config
-from optserve_server.app import serve
+from optserve_server.app import END_GRACE_S, SIGNALS, serve
 from optserve_server.core import failpoints
 from optserve_server.core.device import DeviceUnavailableError
 from optserve_server.core.storage import StorageError
+from optserve_server.last_resort import LastResort
 from optserve_server.rpc.listening import AddressInUseError
 from optserve_server.rpc.watched import UnusableFileError
 from optserve_server.telemetry import logs
 
 EXIT_SETTINGS = 2  # As argparse has it: the command line, the environment or the file is wrong.
 EXIT_UNAVAILABLE = 3  # A device, an address or a directory of the settings is not to be had.
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def main() -> int:
@@ -34,6 +41,8 @@ def main() -> int:
     except failpoints.FailpointError as error:
         sys.stderr.write(f"optserve-server: {error}\n")
         return EXIT_SETTINGS
+    for number in SIGNALS:  # Until serve() listens to them itself.
+        signal.signal(number, _leave)
     try:
         asyncio.run(serve(settings))
     except UnusableFileError as error:
@@ -43,6 +52,16 @@ def main() -> int:
         sys.stderr.write(f"optserve-server: {error}\n")
         return EXIT_UNAVAILABLE
     return 0
+
+
+def _leave(number: int, _frame: FrameType | None) -> NoReturn:
+    """End a server that does not serve yet, and may be in the middle of restoring from an archive.
+
+    By default the first process of a container is not told of SIGTERM.
+    """
+    _LOGGER.info("stopped before it served", extra={"signal": signal.Signals(number).name})
+    LastResort().end_within(END_GRACE_S)
+    sys.exit(0)
 
 
 def _told(error: Exception) -> str:

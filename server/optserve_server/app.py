@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 
-from optserve.allocator import keep_freed_memory
+from optserve.allocator import KEPT_BYTES, Kept, keep_freed_memory
 from optserve.reasons import reason_name
 from optserve.v1.error_pb2 import Reason
 from optserve_server import __version__
@@ -25,13 +25,13 @@ from optserve_server.core.device import Device
 from optserve_server.core.optimizers import OPTIMIZERS
 from optserve_server.core.persistence import Persistence
 from optserve_server.core.registry import SessionRegistry
-from optserve_server.core.storage import Origin, StorageError
+from optserve_server.core.storage import Origin
 from optserve_server.core.surroundings import Overlap, Surroundings
 from optserve_server.last_resort import LastResort
 from optserve_server.rpc.access import Access
 from optserve_server.rpc.interceptor import methods_of
 from optserve_server.rpc.server import SERVICE, Server
-from optserve_server.rpc.tls import Credentials, server_credentials
+from optserve_server.rpc.tls import Credentials, https_context, server_credentials
 from optserve_server.rpc.tokens import Tokens
 from optserve_server.storage.archive import Mirror, ObjectStore, Shipping, restore_if_empty
 from optserve_server.storage.disk import LocalDisk
@@ -42,9 +42,13 @@ from optserve_server.telemetry.metrics import Build, Metrics
 _LOGGER = logging.getLogger(__name__)
 _EXPIRY_INTERVALS = 10  # How often within the idle time sessions are looked through.
 _DISK_THREADS = 4  # They wait more than they work; one disk does not get faster by more.
+_MEMORY_INTERVAL_S = 1.0  # How often the allocator is asked what it keeps, which takes it 0.1 ms.
 _LAME_DUCK_S = 0.25  # Calls that are on their way get an answer, not a broken connection.
-_END_GRACE_S = 3.0  # From the end of the drain, or of a second signal, to that of the process.
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+END_GRACE_S = 3.0
+"""From the end of the drain, or of a second signal, to that of the process."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""They ask the server to stop."""
 
 
 async def serve(config: Config) -> None:
@@ -75,10 +79,8 @@ async def serve(config: Config) -> None:
         registry = SessionRegistry(config.limits(device.memory_bytes()), surroundings)
         if parked := await registry.load():
             _LOGGER.info("sessions found on disk", extra={"sessions": parked})
-        endpoint = MetricsEndpoint(
-            metrics_registry, host=config.metrics_host, port=config.metrics_port
-        )
-        server = Server(registry, access)
+        endpoint = _endpoint(config, metrics_registry)
+        server = Server(registry, access, window_bytes=config.window_bytes)
         try:
             address = await server.start(config.host, config.port, credentials)
             stop = _signalled()  # Before anybody is told that we serve, and so may ask us to stop.
@@ -198,13 +200,21 @@ def _metrics(config: Config, device: Device) -> tuple[CollectorRegistry, Metrics
     return registry, metrics
 
 
+def _endpoint(config: Config, registry: CollectorRegistry) -> MetricsEndpoint:
+    """Serve /metrics from now on."""
+    tls = None
+    if config.metrics_tls and config.tls_certificate and config.tls_key:
+        tls = https_context(config.tls_certificate, config.tls_key, config.metrics_client_ca)
+    return MetricsEndpoint(registry, host=config.metrics_host, port=config.metrics_port, tls=tls)
+
+
 def _announce(config: Config, address: str, metrics_address: str, device: Device) -> None:
     """Say, to people and to whoever started us, that we serve, and where."""
     _LOGGER.info(
         "serving",
         extra={
             "address": address,
-            "metrics": f"http://{metrics_address}/metrics",
+            "metrics": f"http{'s' * config.metrics_tls}://{metrics_address}/metrics",
             "device": str(device.torch),
             "version": __version__,
         },
@@ -224,7 +234,7 @@ def _write_whole(path: Path, text: str) -> None:
 def _signalled() -> asyncio.Event:
     """Return what will be set by the next signal to stop; what was returned before is not."""
     event = asyncio.Event()
-    for number in _SIGNALS:
+    for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, event.set)
     return event
 
@@ -235,11 +245,13 @@ async def _until_stopped(
     """Expire idle sessions until a signal comes, then drain, and see that the process ends."""
     last_resort = LastResort()
     expiry = asyncio.create_task(_look_after(registry, config))
+    giving_back = asyncio.create_task(_give_back_memory())
     await stop.wait()
     expiry.cancel()
+    giving_back.cancel()
     _LOGGER.info("draining", extra={"timeout_s": config.drain_timeout_s})
     hurry = _signalled()
-    last_resort.end_within(config.drain_timeout_s + _END_GRACE_S)
+    last_resort.end_within(config.drain_timeout_s + END_GRACE_S)
     await server.announce_end()
     registry.drain()
     await asyncio.sleep(_LAME_DUCK_S)
@@ -247,7 +259,7 @@ async def _until_stopped(
     hurrying = asyncio.create_task(hurry.wait())
     await asyncio.wait((stopping, hurrying), return_when=asyncio.FIRST_COMPLETED)
     if not stopping.done():
-        last_resort.end_within(_END_GRACE_S)
+        last_resort.end_within(END_GRACE_S)
         await server.stop(0)
     await stopping
     hurrying.cancel()
@@ -269,5 +281,14 @@ async def _look_after(registry: SessionRegistry, config: Config) -> None:
             if config.park_timeout_s:
                 for session_id in await registry.park_idle(config.park_timeout_s):
                     _LOGGER.info("idle session parked", extra={"session": session_id})
-        except StorageError:  # One session's trouble; the others are looked after all the same.
+        except Exception:  # One session's trouble, whatever it is; others are looked after again.
             _LOGGER.exception("an idle session cannot be parked or deleted")
+
+
+async def _give_back_memory() -> None:
+    """Give memory back to the kernel, when the allocator keeps more of it than it is to."""
+    kept = Kept()
+    while True:
+        await asyncio.sleep(_MEMORY_INTERVAL_S)
+        if kept.count_bytes() > KEPT_BYTES:
+            await asyncio.to_thread(kept.give_back)

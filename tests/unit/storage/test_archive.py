@@ -338,7 +338,7 @@ def test_shipping_goes_on_after_trouble_and_ends_with_everything_there(
     assert restored(copy)[0] == 5
 
 
-class MoodyStore(MemoryFileSystem):
+class MoodyStore(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types.
     """A store whose library raises what it likes, as those of the clouds do."""
 
     protocol = "moody"
