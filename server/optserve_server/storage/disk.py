@@ -25,7 +25,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from optserve_server.core.storage import StorageBusyError, StorageFailedError, StorageFullError
+from optserve_server.core.storage import (
+    DamagedError,
+    StorageBusyError,
+    StorageFailedError,
+    StorageFullError,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -134,19 +139,40 @@ def translated(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
+        what = f"{path}: {reason}" + (f" ({error.filename})" if error.filename else "")
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFullError(f"{path}: {reason}") from error
-        raise StorageFailedError(f"{path}: {reason}") from error
+            raise StorageFullError(what) from error
+        raise StorageFailedError(what) from error
+
+
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Take what the disk cannot read any more for the damage that it is: a file's, and no other's.
+
+    Raises:
+        DamagedError: It cannot read ``path``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise DamagedError(path, 0, "the disk cannot read it") from error
 
 
 def read_file(disk: Disk, path: str) -> bytes:
-    """Return what is in a small file."""
-    file = disk.open(path)
-    try:
-        data = bytearray(file.size())
-        return bytes(data[: file.read_at(0, memoryview(data))])
-    finally:
-        file.close()
+    """Return what is in a small file.
+
+    Raises:
+        DamagedError: The disk cannot read it.
+    """
+    with readable(path):
+        file = disk.open(path)
+        try:
+            data = bytearray(file.size())
+            return bytes(data[: file.read_at(0, memoryview(data))])
+        finally:
+            file.close()
 
 
 def remove_tree(disk: Disk, path: str) -> None:
@@ -234,10 +260,15 @@ class LocalDisk:
     """A directory of this host's file system."""
 
     def __init__(self, root: Path) -> None:
-        """Use ``root``; it is created if it is not there."""
+        """Use ``root``; it is created if it is not there.
+
+        Raises:
+            StorageError: It is no directory, or cannot be created.
+        """
         self.root = root
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        with translated(str(root)):
+            _make_directories(root)
+            self._directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
         self._lock: int | None = None
         self._syncfs = _find_syncfs()
 
@@ -337,6 +368,18 @@ class LocalDisk:
 
     def _path(self, path: str) -> Path:
         return self.root / path
+
+
+def _make_directories(path: Path) -> None:
+    """Make a directory, for us alone, and those that it is in; their names are synced."""
+    if not path.exists():
+        _make_directories(path.parent)
+        path.mkdir(mode=0o700)
+        parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
 
 
 def _sync_error(file: File) -> OSError | None:

@@ -20,7 +20,7 @@ from optserve_server.core.safetensors import decode_tensors, encode_tensors
 from optserve_server.core.storage import DamagedError, Json, Origin, Snapshot
 from optserve_server.core.tensors import byte_view
 from optserve_server.storage import tensors as types
-from optserve_server.storage.disk import Disk, File, read_file
+from optserve_server.storage.disk import Disk, File, read_file, readable
 from optserve_server.storage.document import decode_document, encode_document
 
 MANIFEST = "manifest.json"
@@ -175,7 +175,8 @@ def _read_tensors(disk: Disk, path: str, byte_count: int) -> Tensor:
             what = f"it has {size} bytes; {byte_count} were written"
             raise DamagedError(path, min(size, byte_count), what)
         data = types.aligned_bytes(byte_count)
-        file.read_at(0, byte_view(data))
+        with readable(path):
+            file.read_at(0, byte_view(data))
         return data
     finally:
         file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from random import Random
 
 import pytest
@@ -220,3 +221,32 @@ def test_session_without_a_readable_name_is_told_of() -> None:
     assert session.facts == {}
     with pytest.raises(DamagedError):
         storage.open(SESSION)
+
+
+@pytest.mark.parametrize("unreadable", ["head.json", "snapshot-"])
+def test_what_the_disk_cannot_read_is_damage_of_its_session_and_no_other(unreadable: str) -> None:
+    disk = disk_with(records=3, snapshots=(2,))
+    begun(stored(disk), "07e5").close()
+    disk.restart()
+
+    def fail(operation: str) -> None:
+        if operation.startswith(f"read {DIRECTORY}/{unreadable}"):
+            raise OSError(errno.EIO, "a bad sector")
+
+    disk.before = fail
+    storage = stored(disk)
+    assert [session.facts for session in storage.sessions()] == [
+        facts_of(SESSION),
+        facts_of("07e5"),
+    ]
+    store = storage.open(SESSION)
+    if unreadable == "head.json":  # Every manifest says the same.
+        assert load(store) == (2, 3)
+    else:
+        with pytest.raises(DamagedError, match="byte 0: the disk cannot read it"):
+            store.load()
+    store.close()
+    other = storage.open("07e5")
+    assert load(other) == (0, 0)
+    other.close()
+    storage.close()

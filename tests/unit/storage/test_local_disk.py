@@ -154,6 +154,26 @@ def test_missing_file_is_a_failure_that_names_it(tmp_path: Path) -> None:
         LocalDisk(tmp_path).open("file")
 
 
+def test_directories_that_are_made_are_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda each: synced.append(os.fstat(each).st_ino))
+    for _ in range(2):  # Once: then they are there.
+        LocalDisk(tmp_path / "a" / "data").close()
+        assert synced == [tmp_path.stat().st_ino, (tmp_path / "a").stat().st_ino]
+
+
+def test_data_directory_that_cannot_be_one_says_which_and_why(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "data"):
+        with pytest.raises(StorageFailedError, match=rf"^{path}: Not a directory"):
+            LocalDisk(path)
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(StorageFailedError, match=rf"Is a directory \({tmp_path}/lock\)$"):
+        storage_in(tmp_path)
+
+
 def test_snapshot_is_saved_while_records_are_appended(tmp_path: Path) -> None:
     storage = LocalStorage(LocalDisk(tmp_path), ORIGIN, segment_bytes_max=10_000)
     store = begun(storage)
