@@ -46,6 +46,24 @@ def test_node_client_shows_who_it_is(node: Path, tmp_path: Path) -> None:
     assert re.search(r"^# pass [1-9]", tests.stdout, re.MULTILINE)
 
 
+def test_node_client_goes_on_with_another_token(node: Path, tmp_path: Path) -> None:
+    tokens = token_file(tmp_path / "tokens.toml", [])
+    with running_server("--tokens", str(tokens)) as server:
+        tests = subprocess.run(
+            ["node", "--test", *sorted(map(str, node.glob("test/renewed/*.test.js")))],
+            env={
+                **os.environ,
+                "OPTSERVE_ADDRESS": server.address,
+                "OPTSERVE_TOKENS": str(tokens),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert tests.returncode == 0, tests.stdout
+    assert re.search(r"^# pass 2", tests.stdout, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("durability", "lost"),
     [
