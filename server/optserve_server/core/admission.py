@@ -13,7 +13,7 @@ from optserve_server.core.errors import LimitExceededError, MemoryExhaustedError
 from optserve_server.core.events import Observer
 from optserve_server.core.limits import Limits
 from optserve_server.core.optimizers import OPTIMIZERS, rehearse
-from optserve_server.core.spec import Encoding, GroupSpec, SessionSpec
+from optserve_server.core.spec import DurabilityMode, Encoding, GroupSpec, SessionSpec, Wire
 from optserve_server.core.tensors import TensorSpec
 
 # Objects of torch and Python, which tiny tensors consist of. A test measures them.
@@ -42,6 +42,8 @@ def session_bytes(spec: SessionSpec, device: torch.device) -> int:
     """
     kind = OPTIMIZERS[spec.optimizer.kind]
     total = temporary_bytes = 0
+    # Each worker's must be kept until all are there.
+    gradients = spec.workers + keeps_private_gradients(spec, device)
     for group in spec.groups:
         parameters = [spec.parameters[i] for i in group.parameters]
         state_bytes = {
@@ -49,16 +51,24 @@ def session_bytes(spec: SessionSpec, device: torch.device) -> int:
             for dtype in {parameter.dtype for parameter in parameters}
         }
         for parameter in parameters:
-            # One for the parameter itself, and one gradient for each worker, for it must be kept
-            # until all are there.
-            total += parameter.byte_count * (1 + spec.workers)
+            total += parameter.byte_count * (1 + gradients)
             if spec.wire.parameters is Encoding.INT8_BLOCKS:
                 # What each worker has, to send it the differences.
                 total += parameter.byte_count * spec.workers
             total += parameter.element_count * state_bytes[parameter.dtype]
-            total += _PARAMETER_OVERHEAD_BYTES + TENSOR_OVERHEAD_BYTES * spec.workers
+            total += _PARAMETER_OVERHEAD_BYTES + TENSOR_OVERHEAD_BYTES * gradients
         temporary_bytes = max(temporary_bytes, _temporary_bytes(group, parameters, device))
     return total + temporary_bytes + _loss_bytes(spec)
+
+
+def keeps_private_gradients(spec: SessionSpec, device: torch.device) -> bool:
+    """Return whether a session copies gradients that a client shares with it, before a step.
+
+    What is written to a journal must be what is applied, whatever the client writes meanwhile. On
+    CUDA both are of the copy on the device.
+    """
+    journals = spec.durability.mode is DurabilityMode.JOURNAL
+    return journals and device.type == "cpu" and spec.wire == Wire()
 
 
 def transfer_bytes(specs: Sequence[TensorSpec]) -> int:

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from optserve_server.core.tensors import TensorSpec
 
@@ -64,12 +65,22 @@ class Region:
             raise RegionUnavailableError(f"memory cannot be shared: {error}") from error
         memory[:TOKEN_BYTES] = self.token
         whole = torch.frombuffer(memory, dtype=torch.uint8)
-        self.tensors = [
-            whole[offset : offset + spec.byte_count].view(spec.dtype).view(spec.shape)
-            for offset, spec in zip(offsets, specs, strict=True)
-        ]
+        self.tensors = _views(whole, offsets, specs)
         """On the CPU, in the order of ``specs``: views of one memory, which lives as long as one of
         them does."""
+
+
+def private(specs: Sequence[TensorSpec]) -> list[Tensor]:
+    """Return zeros that lie as the tensors of a Region do, in memory of this process alone."""
+    offsets, byte_count = _layout(specs)
+    return _views(torch.zeros(byte_count, dtype=torch.uint8), offsets, specs)
+
+
+def _views(whole: Tensor, offsets: Sequence[int], specs: Sequence[TensorSpec]) -> list[Tensor]:
+    return [
+        whole[offset : offset + spec.byte_count].view(spec.dtype).view(spec.shape)
+        for offset, spec in zip(offsets, specs, strict=True)
+    ]
 
 
 def _layout(specs: Sequence[TensorSpec]) -> tuple[list[int], int]:

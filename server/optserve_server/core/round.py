@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,18 +58,24 @@ class Round:
             self.closed.set_result(None)
             self.done.set_exception(error)
 
-    def mean(self, device: Device) -> list[Tensor | None]:
+    def mean(self, device: Device, *, into: Sequence[Tensor] = ()) -> list[Tensor | None]:
         """Return the mean of the contributions, on the device; consumes them.
 
         For each parameter the gradients are added in the order of the workers, whatever the order
         of their arrival, and the sum is divided by the number of workers. A gradient that only some
         of them have counts as zeros for the others, as in torch's DistributedDataParallel; one that
         nobody has stays absent.
+
+        Args:
+            device: The session's.
+            into: One for each parameter, on the device, for the result to lie in. Empty: it lies
+                in memory of the contributions.
         """
         contributions = [gradients for gradients in self._gradients if gradients is not None]
+        targets = into or itertools.repeat(None)
         return [
-            _mean(gradients, len(contributions), device)
-            for gradients in zip(*contributions, strict=True)
+            _mean(gradients, len(contributions), device, target)
+            for target, *gradients in zip(targets, *contributions, strict=False)
         ]
 
 
@@ -121,14 +128,17 @@ class LastContribution:
     """What the step did. None: it waits for other workers, or for its turn to be applied."""
 
 
-def _mean(gradients: Sequence[Tensor | None], workers: int, device: Device) -> Tensor | None:
+def _mean(
+    gradients: Sequence[Tensor | None], workers: int, device: Device, target: Tensor | None
+) -> Tensor | None:
     first: Tensor | None = None
     for gradient in gradients:
         if gradient is None:
             continue
         loaded = device.load(gradient)
         if first is None:
-            first = loaded
+            # copy, if there is a target: a contribution to memory of the server's own.
+            first = loaded if target is None else target.copy_(loaded)
             # A sum of FP16 overflows where its mean does not. The memory is that of a norm's copy.
             total = first.float() if first.dtype in _NARROW and workers > 1 else first
         else:

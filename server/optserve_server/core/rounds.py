@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from optserve_server.core.admission import keeps_private_gradients
 from optserve_server.core.device import Device
 from optserve_server.core.durability import Archive
 from optserve_server.core.errors import (
@@ -19,7 +20,7 @@ from optserve_server.core.errors import (
 from optserve_server.core.events import Observer, Phase
 from optserve_server.core.norms import check_finite, norm_of
 from optserve_server.core.outcome import StepOutcome
-from optserve_server.core.region import Region, RegionUnavailableError
+from optserve_server.core.region import Region, RegionUnavailableError, private
 from optserve_server.core.round import Contribution, LastContribution, Round
 from optserve_server.core.session import Session
 from optserve_server.core.work import Work
@@ -66,11 +67,14 @@ class Rounds:
         self._outcome = session.last_outcome
         self._staging: list[dict[int, Tensor]] = [{} for _ in range(session.spec.workers)]
         self._staging_of_all: dict[int, Sequence[Tensor]] = {}
+        # In a session with a journal, once a client shares its gradients, which it could change
+        # between the journal and the step: both are of what lies here.
+        self._private: Sequence[Tensor] = ()
 
     def share(self, worker: int) -> Region:
         """Make a worker's buffers memory that it may write to itself; once, and for good.
 
-        The new ones take the old ones' place: there is no more memory to it.
+        The new ones take the old ones' place: there is no more memory to it than was reserved.
 
         Raises:
             RegionUnavailableError: There is no such memory, or the old buffers are still needed.
@@ -78,7 +82,10 @@ class Rounds:
         if self._round.has(worker):
             raise RegionUnavailableError("the open round holds the worker's gradients")
         self.release(worker)
-        region = Region(self._session.spec.parameters, read_only=False)
+        spec = self._session.spec
+        region = Region(spec.parameters, read_only=False)
+        if not self._private and keeps_private_gradients(spec, self._device.torch):
+            self._private = private(spec.parameters)
         self._staging[worker] = dict(enumerate(region.tensors))
         return region
 
@@ -196,7 +203,7 @@ class Rounds:
 
     def forget(self) -> None:
         """Let the gradients' memory go; there will be no more steps."""
-        self._staging, self._staging_of_all = [], {}
+        self._staging, self._staging_of_all, self._private = [], {}, ()
         self._round = Round(self._session.spec.workers, self._round.step)
 
     async def _join(self, contribution: Contribution) -> Round:
@@ -227,7 +234,8 @@ class Rounds:
         refusal = await self._admission() if archive else None
 
         def step() -> None:
-            self._session.step(round_.mean(self._device), round_.digests)
+            gradients = round_.mean(self._device, into=self._private)
+            self._session.step(gradients, round_.digests)
 
         async with self._work.lock.exclusive():
             with self._settling(round_):
