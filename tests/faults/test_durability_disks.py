@@ -177,3 +177,65 @@ def test_a_foreign_journal_is_replayed_only_when_that_is_asked_for() -> None:
         disk = server.killed()
     with durable_server(disk, replay_foreign=True) as server:
         assert see(server.driver, session_id) == seen
+
+
+def test_a_disk_that_does_not_give_a_session_back_is_told_from_a_fault_of_ours(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with durable_server() as server:
+        session_id = server.driver.create(durable_spec(FSYNC), model()).status.session_id
+        stepped(server.driver, session_id, 1, 2)
+        seen = see(server.driver, session_id)
+        disk = server.killed()
+
+    def fail(operation: str) -> None:
+        if operation.startswith("open") and "journal" in operation:
+            raise OSError(5, "the disk is broken")
+
+    with durable_server(disk) as server:
+        disk.before = fail
+        for _ in range(2):
+            with refused("SESSION_FAILED"):
+                server.driver.get(session_id)
+        assert "the disk has failed" in caplog.text
+        disk.before = lambda _: None
+        assert see(server.driver, session_id) == seen
+
+
+def test_a_session_whose_facts_are_damaged_is_told_of_at_the_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with durable_server() as server:
+        session_id = server.driver.create(durable_spec(JOURNAL), model()).status.session_id
+        disk = server.killed()
+    for kind in ("head.json", "manifest.json"):
+        _damage(disk, session_id, kind)
+    with durable_server(disk):
+        (record,) = [each for each in caplog.records if "not what was written" in each.message]
+        assert record.__dict__["session"] == session_id
+        assert f"{session_id}/head.json: byte 0" in record.__dict__["cause"]
+
+
+def test_a_session_that_cannot_be_saved_keeps_no_other_from_being_saved_and_parked() -> None:
+    with durable_server() as server:
+        ids = [
+            server.driver.create(durable_spec(snapshots(100)), model()).status.session_id
+            for _ in range(3)
+        ]
+
+        def fail(operation: str) -> None:
+            if operation.startswith(f"create sessions/{ids[0]}/snapshot"):
+                raise RuntimeError("no class of storage's")
+
+        server.disk.before = fail
+        for session_id in ids[:2]:
+            stepped(server.driver, session_id, 1, 3)
+        assert server.loop.run(server.registry.park_idle(0)) == ids[1:]
+        for session_id in ids[1:]:
+            stepped(server.driver, session_id, 4 if session_id == ids[1] else 1, 5)
+        disk = server.disk
+    disk.before = lambda _: None
+    disk.restart()
+    with durable_server(disk) as server:
+        steps = [server.driver.get(session_id).status.steps for session_id in ids]
+        assert steps == [0, 5, 5]

@@ -202,7 +202,7 @@ class Archive:
 
     async def settle(self) -> None:
         """Write what has not been written, as far as that can be, and close."""
-        with suppress(OptserveError):  # It has been logged; what was saved before is there.
+        with suppress(Exception):  # It has been logged; what was saved before is there.
             await self.save()  # A journal too: what runs next may not be able to replay it.
         await self.close()
 

@@ -150,11 +150,16 @@ def _check_skipped(loaded: Loaded, session: Session, session_id: str) -> None:
 
 
 def _damaged(session_id: str, error: Exception) -> SessionDamagedError:
+    tell_damage(session_id, error)
+    return damaged_error()
+
+
+def tell_damage(session_id: str, error: Exception) -> None:
+    """Tell the operator what is damaged, and where."""
     _LOGGER.error(
         "what is on disk of a session is not what was written there",
         extra={"session": session_id, "cause": f"{type(error).__name__}: {error}"},
     )
-    return damaged_error()
 
 
 def damaged_error() -> SessionDamagedError:

@@ -19,7 +19,6 @@ from optserve_server.core.checkpoints import Checkpoints
 from optserve_server.core.creations import CreationRequest, Creations
 from optserve_server.core.errors import (
     MemoryExhaustedError,
-    OptserveError,
     SessionNotFoundError,
     TooManyError,
     draining_error,
@@ -275,10 +274,8 @@ class SessionRegistry:
         archive, shelf = actor.archive, self._shelf
         assert archive is not None
         assert shelf is not None
-        try:
+        with suppress(Exception):  # It has been logged, and others can be parked.
             await archive.save()
-        except OptserveError:
-            return False  # It has been logged.
         gone = self._actors.get(actor.session_id) is not actor
         changed = not (archive.is_saved and actor.may_be_parked)
         if gone or changed or actor.idle_s() <= park_timeout_s:

@@ -12,15 +12,16 @@ from optserve_server.core.actor import SessionActor
 from optserve_server.core.catalogue import ParkedSession
 from optserve_server.core.creations import CreationRequest
 from optserve_server.core.durability import Archive, exhausted
-from optserve_server.core.errors import NoStorageError, SessionDamagedError
+from optserve_server.core.errors import NoStorageError, SessionDamagedError, SessionFailedError
 from optserve_server.core.limits import Limits
 from optserve_server.core.persistence import Persistence
 from optserve_server.core.quotas import Quotas
-from optserve_server.core.recovery import damaged_error, recover
+from optserve_server.core.recovery import damaged_error, recover, tell_damage
 from optserve_server.core.state import to_snapshot
 from optserve_server.core.storage import (
     SessionStore,
     Storage,
+    StorageFailedError,
     StorageFullError,
     StoredSession,
 )
@@ -59,6 +60,8 @@ class Shelf:
         """Find the sessions that lie on disk; return them, the oldest first."""
         stored = await self._persistence.run(self._persistence.storage.sessions)
         for each in stored:
+            if each.damage:
+                tell_damage(each.session_id, each.damage)
             self._parked[each.session_id] = ParkedSession(each, self._surroundings.monotonic)
         self._tell()
         return list(self._parked.values())
@@ -94,6 +97,7 @@ class Shelf:
 
         Raises:
             SessionDamagedError, JournalForeignError: It cannot come back.
+            SessionFailedError: The disk has failed.
         """
         if parked.damaged:
             raise damaged_error()
@@ -106,6 +110,15 @@ class Shelf:
         except SessionDamagedError:
             parked.damaged = True
             raise
+        except StorageFailedError as error:
+            _LOGGER.error(  # noqa: TRY400 The cause is all that there is to know.
+                "the disk has failed",
+                extra={"session": parked.session_id, "cause": str(error)},
+            )
+            raise SessionFailedError(
+                "the server's disk has failed, and does not give the session back; nothing has been"
+                " changed"
+            ) from error
         count = max(reserved_bytes, recovered.byte_count)
         actor = SessionActor(recovered.session, parked.opened, count, self._surroundings)
         _LOGGER.info(

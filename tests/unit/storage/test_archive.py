@@ -238,7 +238,8 @@ def test_session_that_cannot_be_read_keeps_no_other_from_being_archived(
     mirror.ship()
     assert archive.objects.items() >= before.items()
     assert "sessions/11/head.json" in archive.objects
-    assert "not archived: [Errno 5] the disk is broken" in caplog.text
+    assert f"not archived: sessions/{SESSION}/snapshot-" in caplog.text
+    assert caplog.text.count("not archived") == 1
 
 
 @pytest.mark.parametrize("place", ["data", "."])
