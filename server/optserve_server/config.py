@@ -73,7 +73,7 @@ class Config(BaseSettings):
     tokens the certificate's name is the tenant."""
     allow_plaintext: bool = False
     """Whether to serve without TLS where others than this host can listen, and change what
-    passes."""
+    passes; or /metrics, with every tenant's sessions, where others than this host can ask."""
     tokens: Path | None = None
     """TOML file with the hashes of tokens, and whose they are; callers must have one then.
     `python -m optserve_server.rpc.tokens TENANT` makes one."""
@@ -92,6 +92,10 @@ class Config(BaseSettings):
     """Address to serve /metrics on."""
     metrics_port: Port = 9464
     """Port to serve /metrics on; 0 takes a free one."""
+    metrics_tls: bool = False
+    """Whether /metrics is HTTPS, with tls_certificate."""
+    metrics_client_ca: Path | None = None
+    """PEM file with the roots of the certificates that whoever asks for /metrics must have then."""
     metrics_sessions_max: Annotated[int, Field(ge=0)] = 100
     """How many sessions have series of their own in /metrics."""
     ready_file: Path | None = None
@@ -219,6 +223,10 @@ class Config(BaseSettings):
         provider = (self.jwt_jwks, self.jwt_issuer, self.jwt_audience)
         if any(provider) and not all(provider):
             raise ValueError("jwt_jwks, jwt_issuer and jwt_audience need each other")
+        if self.metrics_tls and not self.tls_certificate:
+            raise ValueError("metrics_tls needs tls_certificate and tls_key")
+        if self.metrics_client_ca and not self.metrics_tls:
+            raise ValueError("metrics_client_ca needs metrics_tls")
         if self.jwt_jwks and not find_spec("jwt"):
             raise ValueError('jwt_jwks needs PyJWT: pip install "optserve-server[jwt]"')
         return self
@@ -251,6 +259,19 @@ class Config(BaseSettings):
     @property
     def is_private(self) -> bool:
         """Whether nobody but this host can reach the server."""
+    @model_validator(mode="after")
+    def _tenants_do_not_see_each_other_in_metrics(self) -> Config:
+        has_tenants = self.tokens or self.jwt_jwks or self.tls_client_ca
+        is_closed = _is_loopback(self.metrics_host) or self.metrics_client_ca
+        if has_tenants and self.metrics_sessions_max and not (is_closed or self.allow_plaintext):
+            raise ValueError(
+                f"/metrics names the sessions of all tenants, and others than this host can reach"
+                f" {self.metrics_host}: give metrics_tls and metrics_client_ca, name no sessions"
+                " (metrics_sessions_max = 0), or allow_plaintext = true where the network is to be"
+                " trusted"
+            )
+        return self
+
         return self.host.startswith("unix:") or _is_loopback(self.host)
 
     @classmethod

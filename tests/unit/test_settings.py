@@ -126,6 +126,8 @@ def test_what_others_can_reach_needs_tls_or_a_flag(host: str) -> None:
         pytest.param(TLS[:2], id="certificate-without-key"),
         pytest.param(TLS[2:], id="key-without-certificate"),
         pytest.param(["--tls-client-ca", "clients.pem"], id="clients-without-tls"),
+        pytest.param(["--metrics-tls", "true"], id="metrics-without-certificate"),
+        pytest.param([*TLS, "--metrics-client-ca", "ca.pem"], id="scrapers-without-tls"),
         pytest.param(["--jwt-jwks", "keys.json"], id="keys-without-issuer"),
         pytest.param(["--jwt-issuer", "https://a.example"], id="issuer-without-keys"),
         pytest.param(["--jwt-audience", "b"], id="audience-without-keys"),
@@ -134,6 +136,32 @@ def test_what_others_can_reach_needs_tls_or_a_flag(host: str) -> None:
 def test_settings_that_need_others_do_not_stand_alone(flags: list[str]) -> None:
     with pytest.raises(ValidationError, match="need"):
         load(flags, {})
+
+
+TENANTS = {
+    "tokens": ["--tokens", "tokens.toml"],
+    "issued": [word for pair in JWT.items() for word in pair],
+    "certificates": [*TLS, "--tls-client-ca", "clients.pem"],
+}
+
+
+@pytest.mark.parametrize("flags", TENANTS.values(), ids=TENANTS)
+def test_tenants_do_not_see_each_other_in_metrics_that_others_can_reach(flags: list[str]) -> None:
+    load(flags, {})
+    flags = [*flags, "--metrics-host", "0.0.0.0"]
+    with pytest.raises(ValidationError, match="names the sessions of all tenants"):
+        load(flags, {})
+    encrypted = [*TLS, "--metrics-tls", "true"]
+    with pytest.raises(ValidationError, match="names the sessions of all tenants"):
+        load([*flags, *encrypted], {})
+    load([*flags, *encrypted, "--metrics-client-ca", "scrapers.pem"], {})
+    load([*flags, "--metrics-sessions-max", "0"], {})
+    load([*flags, "--allow-plaintext", "true"], {})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_without_tenants_metrics_may_be_for_all(host: str) -> None:
+    assert load(["--metrics-host", host], {}).metrics_host == host
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -27,16 +28,15 @@ def server_credentials(certificate: Path, key: Path, client_ca: Path | None) -> 
     Raises:
         UnusableFileError: A file cannot be read or used, or the key is another certificate's.
     """
-    paths = [certificate, key] if client_ca is None else [certificate, key, client_ca]
 
     def parse(contents: tuple[bytes, ...]) -> _Configuration:
-        _check_fit(certificate, key, client_ca)
+        _context(certificate, key, client_ca)  # gRPC would tell nobody but a client what is wrong.
         chain, private_key, *roots = contents
         return grpc.ssl_server_certificate_configuration(
             [(private_key, chain)], root_certificates=roots[0] if roots else None
         )
 
-    files = Watched(paths, parse)
+    files = Watched(_paths(certificate, key, client_ca), parse)
     in_force = files.current()
 
     def changed() -> _Configuration | None:  # On a thread of gRPC's, before every handshake.
@@ -51,8 +51,29 @@ def server_credentials(certificate: Path, key: Path, client_ca: Path | None) -> 
     )
 
 
-def _check_fit(certificate: Path, key: Path, client_ca: Path | None) -> None:
-    """Make sure that the files belong together; gRPC would say so to nobody but a client."""
+def https_context(
+    certificate: Path, key: Path, client_ca: Path | None
+) -> Callable[[], ssl.SSLContext]:
+    """Return what tells with which context to make an HTTPS connection; it follows the files.
+
+    Args and errors are those of server_credentials.
+    """
+    files = Watched(
+        _paths(certificate, key, client_ca), lambda _: _context(certificate, key, client_ca)
+    )
+    return files.current
+
+
+def _paths(certificate: Path, key: Path, client_ca: Path | None) -> list[Path]:
+    return [certificate, key] if client_ca is None else [certificate, key, client_ca]
+
+
+def _context(certificate: Path, key: Path, client_ca: Path | None) -> ssl.SSLContext:
+    """Return what the files say together.
+
+    Raises:
+        UnusableFileError: They do not belong together.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(certificate, key, password=_no_password)
@@ -61,8 +82,10 @@ def _check_fit(certificate: Path, key: Path, client_ca: Path | None) -> None:
     try:
         if client_ca:
             context.load_verify_locations(client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
     except (OSError, ValueError) as error:
         raise UnusableFileError(f"{client_ca} holds no certificates: {error}") from error
+    return context
 
 
 def _no_password() -> str:

@@ -1,10 +1,14 @@
-"""The HTTP endpoint that Prometheus scrapes: its own port, its own threads, no event loop."""
+"""The HTTP endpoint that Prometheus scrapes: its own port, its own threads, no event loop.
+
+With TLS it is HTTPS, for everybody or for those who show a certificate.
+"""
 
 from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Iterable
+import ssl
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from http import HTTPStatus
 from socketserver import BaseRequestHandler
@@ -33,12 +37,20 @@ class MetricsEndpoint:
         registry: What is served; it is collected in a thread for each request.
         host: Address or name to listen on.
         port: Port to listen on; 0 lets the system choose one, which ``address`` tells.
+        tls: Asked with each connection for what to encrypt it with. None: it is not encrypted.
 
     Raises:
         OSError: It cannot listen there.
     """
 
-    def __init__(self, registry: CollectorRegistry, *, host: str, port: int) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        host: str,
+        port: int,
+        tls: Callable[[], ssl.SSLContext] | None = None,
+    ) -> None:
         self._server = make_server(
             host,
             port,
@@ -46,6 +58,7 @@ class MetricsEndpoint:
             server_class=_Server6 if ":" in host else _Server,
             handler_class=_Handler,
         )
+        self._server.tls = tls
         self._thread = Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
 
@@ -89,6 +102,7 @@ class _Server(ThreadingWSGIServer):
     """The library's server, with a bound on its connections, all of which end when it closes."""
 
     daemon_threads = False  # server_close() joins them.
+    tls: Callable[[], ssl.SSLContext] | None = None
 
     def __init__(self, address: tuple[str, int], handler: type[BaseRequestHandler]) -> None:
         self._connections: set[socket.socket] = set()
@@ -96,6 +110,11 @@ class _Server(ThreadingWSGIServer):
 
     def get_request(self) -> tuple[socket.socket, object]:
         connection, client_address = super().get_request()
+        if self.tls:
+            # Shakes hands when it is first read from: in its own thread, and within its timeout.
+            connection = self.tls().wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
         self._connections.add(connection)
         return connection, client_address
 
