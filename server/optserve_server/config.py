@@ -26,7 +26,7 @@ from pydantic_settings import (
 )
 
 from optserve.limits import MESSAGE_HEADROOM_BYTES
-from optserve_server.core.limits import Limits
+from optserve_server.core.limits import WINDOW_BYTES, Limits
 
 ENVIRONMENT_PREFIX = "OPTSERVE_"
 _NEAR = 0.8  # Of 1 for the same: some letters more, or less, or others.
@@ -172,6 +172,9 @@ class Config(BaseSettings):
     """How large one message may be. More than 4MiB is more than clients take by default."""
     chunk_bytes_max: Annotated[ByteSize, Field(ge=1 << 10)] = ByteSize(_LIMITS.chunk_bytes_max)
     """How much tensor data one message of a stream may hold; well below message_bytes_max."""
+    window_bytes: Annotated[ByteSize, Field(ge=1 << 16, le=1 << 30)] = ByteSize(WINDOW_BYTES)
+    """How much of a call may come before anybody reads it, beside the message that is being read.
+    A long, fast link wants more; each connection may take twice as much memory."""
     parameters_max: Count = _LIMITS.parameters_max
     """How many parameters a session may have."""
     groups_max: Count = _LIMITS.groups_max

@@ -127,7 +127,11 @@ def _settings_rows() -> Iterator[str]:
         yield f"| `--{name.replace('_', '-')}` | {default} | {meaning} |"
 
 
+_UNITS = ((30, "GiB"), (20, "MiB"), (10, "KiB"))
+
+
 def _shown(value: object) -> str:
     if isinstance(value, ByteSize) and value:
-        return f"{value >> 30}GiB" if value >= 1 << 30 else f"{value >> 20}MiB"
+        shift, unit = next(each for each in _UNITS if value >= 1 << each[0])
+        return f"{value >> shift}{unit}"
     return str(value)

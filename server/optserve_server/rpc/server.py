@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from optserve.v1 import optimizer_service_pb2
 from optserve.v1.optimizer_service_pb2_grpc import add_OptimizerServiceServicer_to_server
+from optserve_server.core.limits import WINDOW_BYTES
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.traffic import Traffic
 from optserve_server.rpc.access import Access
@@ -30,6 +31,9 @@ _HANDSHAKE_TIMEOUT_S = 20.0
 _CONNECTION_IDLE_MS = 10 * 60_000
 # Health, reflection and calls that are being refused come beside those that the limits count.
 _CALLS_BESIDE = 1_000
+# What a connection keeps to read into, also when nothing comes; by itself up to twice what came at
+# once, a mebibyte or two. It grows by slices of 64 KiB.
+_READ_BUFFER_BYTES = 256 << 10
 # Bit of grpc's "identity" algorithm: tensors do not compress, and bombs do.
 _NO_COMPRESSION = 1 << 0
 _KEEPALIVE_MS = 60_000
@@ -93,12 +97,19 @@ class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc, name-defi
 class Server:
     """The gRPC server of one registry."""
 
-    def __init__(self, registry: SessionRegistry, access: Access | None = None) -> None:
+    def __init__(
+        self,
+        registry: SessionRegistry,
+        access: Access | None = None,
+        *,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> None:
         """Build the server. Made on the event loop.
 
         Args:
             registry: What is served.
             access: Asks who calls. None: nobody does.
+            window_bytes: How much of a call may come before anybody reads it.
         """
         access = access or Access()
         limits, observer = registry.limits, registry.surroundings.observer
@@ -122,6 +133,11 @@ class Server:
                 ("grpc.compression_enabled_algorithms_bitset", _NO_COMPRESSION),
                 # Or two servers share a port, and sessions vanish at random.
                 ("grpc.so_reuseport", 0),
+                # By itself gRPC takes 4 to 16 MiB of each stream before anybody reads it, admitted
+                # or not, and whatever a message may have.
+                ("grpc.http2.bdp_probe", 0),
+                ("grpc.http2.lookahead_bytes", window_bytes),
+                ("grpc.experimental.tcp_max_read_buffer_size", _READ_BUFFER_BYTES),
                 # A client that is gone is noticed in a minute or two.
                 ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
                 ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
