@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
+from ports import kept_port
 from server_process import STOP_TIMEOUT_S, ServerProcess, running_server
 
 import optserve_client as optserve
@@ -25,11 +26,9 @@ DIES_AT = 3  # Its third step.
 def mortal_server(folder: Path, place: str) -> Iterator[ServerProcess]:
     """Yield a server that kills itself at a place, and then another one at its address."""
     flags = ("--data-dir", str(folder))
-    with ExitStack() as stack:
-        first = stack.enter_context(
-            running_server(*flags, environment={"OPTSERVE_FAILPOINTS": f"{place}=kill@{DIES_AT}"})
-        )
-        port = int(first.address.rpartition(":")[2])
+    environment = {"OPTSERVE_FAILPOINTS": f"{place}=kill@{DIES_AT}"}
+    with kept_port() as port, ExitStack() as stack:
+        first = stack.enter_context(running_server(*flags, environment=environment, port=port))
 
         def follow() -> None:
             first.process.wait(STOP_TIMEOUT_S)

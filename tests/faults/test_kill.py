@@ -18,11 +18,12 @@ import pytest
 from drivers_grpc import StubDriver
 from faults.durable import FSYNC, JOURNAL, durable_spec, snapshots
 from messages import bytes_of
+from ports import kept_port
 from scenarios.models import gradients, model
 from server_process import ServerProcess, running_server
 
 from optserve.v1.session_pb2 import Durability
-from optserve_client import ClientConfig, StepsLostError, connect
+from optserve_client import ClientConfig, Retry, StepsLostError, connect
 from optserve_server.core.device import Device
 from optserve_server.core.limits import Limits
 from optserve_server.core.session import Session
@@ -31,6 +32,7 @@ from optserve_server.rpc import decode_spec
 KILLS = 3
 SESSIONS = 3
 PATIENCE_S = 120.0
+CONFIG = ClientConfig(lane="grpc", retry=Retry(backoff_s=0.02, backoff_max_s=0.2))
 
 pytestmark = pytest.mark.timeout(600)  # A dozen servers start here, on a machine that is busy.
 
@@ -47,10 +49,10 @@ FAILPOINTS = (
 class Lives:
     """One server after the other, at one address and on one data directory."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, port: int) -> None:
         self._folder = folder
+        self._port = port
         self._stack = ExitStack()
-        self._port = 0
         self.server: ServerProcess
 
     @property
@@ -67,7 +69,6 @@ class Lives:
                 port=self._port,
             )
         )
-        self._port = int(self.server.address.rpartition(":")[2])
 
     def end(self) -> None:
         """Kill the server, which has no say in it; or wait until it has killed itself."""
@@ -87,11 +88,12 @@ class Lives:
 @contextmanager
 def lives(folder: Path) -> Iterator[Lives]:
     """Give servers a data directory for a block."""
-    server = Lives(folder)
-    try:
-        yield server
-    finally:
-        server.close()
+    with kept_port() as port:
+        server = Lives(folder, port)
+        try:
+            yield server
+        finally:
+            server.close()
 
 
 def _created(address: str, durability: Durability) -> str:
@@ -106,7 +108,7 @@ def _gradients(session: int, step: int) -> Mapping[str, np.ndarray]:
 def _train(address: str, session_id: str, number: int, done: Event, least: int) -> list[float]:
     """Take steps until it is enough; return the norm that each was answered with."""
     norms: list[float] = []
-    with connect(address, config=ClientConfig(lane="grpc")) as client:
+    with connect(address, config=CONFIG) as client:
         session = client.join_session(session_id)
         while not done.is_set() or len(norms) < least:
             result = session.step(_gradients(number, len(norms) + 1))
@@ -184,7 +186,7 @@ def test_a_session_with_snapshots_goes_on_from_the_last_one_and_says_so(tmp_path
     with lives(tmp_path) as server:
         server.begin()
         session_id = _created(server.address, snapshots(most))
-        with connect(server.address, config=ClientConfig(lane="grpc")) as client:
+        with connect(server.address, config=CONFIG) as client:
             session = client.join_session(session_id)
             for step in range(1, 18):
                 session.step(_gradients(0, step))

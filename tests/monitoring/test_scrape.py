@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
 import urllib.error
 import urllib.parse
@@ -17,6 +16,7 @@ import pytest
 from monitoring.promql import metric_names
 from monitoring.scraping import DEPLOY, until
 from monitoring.training import STEPS, connected, delete, train
+from ports import kept_port
 from server_process import ServerProcess
 
 STOP_TIMEOUT_S = 30.0
@@ -67,8 +67,17 @@ class Prometheus:
 
 
 @pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with kept_port() as port:
+        yield f"127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
 def prometheus(
-    prometheus_program: str, server: ServerProcess, tmp_path_factory: pytest.TempPathFactory
+    prometheus_program: str,
+    address: str,
+    server: ServerProcess,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Prometheus]:
     folder = tmp_path_factory.mktemp("prometheus")
     (folder / "prometheus.yml").write_text(
@@ -76,7 +85,6 @@ def prometheus(
             target=server.metrics_address, rules=DEPLOY / "prometheus" / "alerts.yml"
         )
     )
-    address = f"127.0.0.1:{free_port()}"
     log = folder / "log"
     with log.open("wb") as log_file:
         process = subprocess.Popen(
@@ -118,14 +126,6 @@ def session_id(prometheus: Prometheus, server: ServerProcess) -> str:
         "the session's steps and losses in Prometheus",
     )
     return session_id
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        assert isinstance(port, int)
-        return port
 
 
 def test_the_server_is_up(prometheus: Prometheus, server: ServerProcess) -> None:

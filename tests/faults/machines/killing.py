@@ -16,6 +16,7 @@ from threading import Event
 from faults.machines.courses import MIDDLE, SMALL, Course, attend, connected, create, tensors_of
 from faults.machines.frame import Effort, Report
 from faults.machines.history import Entry, Saw, Verdict, judge
+from ports import kept_port
 from server_process import ServerProcess, running_server
 
 import optserve_client as optserve
@@ -48,22 +49,20 @@ _DURABILITIES: Sequence[optserve.Durability] = (*[_JOURNAL, _FSYNC] * 3, _SNAPSH
 class _Lives:
     """One server after the other, at one address and on one data directory."""
 
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
+    def __init__(self, folder: str, port: int) -> None:
+        self._folder, self._port = folder, port
         self._stack = ExitStack()
         self.server: ServerProcess
-        self.begin("", port=0)
+        self.begin("")
         self.address = self.server.address
 
-    def begin(self, failpoint: str, port: int | None = None) -> None:
+    def begin(self, failpoint: str) -> None:
         """Start a server, which kills itself at a failpoint if one is named."""
-        if port is None:
-            port = int(self.address.rpartition(":")[2])
         self.server = self._stack.enter_context(
             running_server(
                 *("--data-dir", self._folder),
                 environment={"OPTSERVE_FAILPOINTS": failpoint},
-                port=port,
+                port=self._port,
             )
         )
 
@@ -97,9 +96,10 @@ def kill(effort: Effort) -> Report:
     killed: Counter[str] = Counter()
     with (
         tempfile.TemporaryDirectory(prefix="optserve-kills-") as folder,
+        kept_port() as port,
         ThreadPoolExecutor(_SESSIONS) as pool,
     ):
-        lives = _Lives(folder)
+        lives = _Lives(folder, port)
         training = [
             pool.submit(_train, lives.address, durability, f"{effort.seed} {i}", enough, logs)
             for i, durability in enumerate(_DURABILITIES)
