@@ -24,6 +24,8 @@ from .recipes import EPOCHS, RECIPES
 from .server import ServerError, running_server
 from .training import Plan, Run, train
 
+# Its sessions live in the server's memory: a connection may come back, a server not with them.
+_CONFIG = optserve.ClientConfig(retry=optserve.Retry(give_up_after_s=5))
 _EXIT_INTERRUPTED = 130  # As a shell has it: 128 and the number of SIGINT.
 
 
@@ -41,7 +43,7 @@ def main() -> int:
                 server = stack.enter_context(running_server())
                 target = server.address
                 console.print(f"Its metrics: http://{server.metrics_address}/metrics\n")
-            client = stack.enter_context(optserve.connect(target))
+            client = stack.enter_context(optserve.connect(target, config=_CONFIG))
             runs = _train_all(client, arguments.epochs, arguments.seed, console)
     except KeyboardInterrupt:
         console.print("\nInterrupted: every session is deleted, nothing is left running.")
