@@ -87,7 +87,7 @@ export class Calls {
    * Do what may be done again until it has been answered, or there is no use in it any more.
    *
    * @template T
-   * @param {(attempt: number) => Promise<T>} act
+   * @param {(attempt: number, reached: () => void) => Promise<T>} act See `Retry.persevere`.
    * @param {(error: OptserveError, attempt: number) => boolean} [mayPass] Whether the same may work later.
    * @returns {Promise<T>}
    */

@@ -62,16 +62,16 @@ export class Contribution {
    *
    * @template T
    * @param {Calls} calls
-   * @param {() => Promise<T>} attempt
+   * @param {(reached: () => void) => Promise<T>} attempt See `Retry.persevere`.
    * @param {(error: OptserveError, attempt: number) => boolean} [mayPass]
    * @returns {Promise<T>}
    * @throws {OptserveError} A StepUnknownError if it was sent, and its fate is not known.
    */
   async take(calls, attempt, mayPass = isPassing) {
     try {
-      return await calls.persevere(async () => {
+      return await calls.persevere(async (_, reached) => {
         try {
-          return await attempt();
+          return await attempt(reached);
         } catch (error) {
           this.#unanswered ||= this.#digest !== undefined && isSilence(error);
           throw error;

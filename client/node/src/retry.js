@@ -37,16 +37,20 @@ export class Retry {
    * Do what may be done again until it has been answered, or fails for good, or the time is up.
    *
    * @template T
-   * @param {(attempt: number) => Promise<T>} act
+   * @param {(attempt: number, reached: () => void) => Promise<T>} act Calls `reached` when it has found the server: from
+   *     then to its failure there was no outage.
    * @param {(error: OptserveError, attempt: number) => boolean} [mayPass] Whether the same may work later.
    * @returns {Promise<T>}
    * @throws {OptserveError} What the last attempt came to.
    */
   async persevere(act, mayPass = isPassing) {
-    let begin; // When it first failed, in milliseconds.
+    /** @type {number | undefined} */
+    let begin; // Of the outage, in milliseconds: later by all the time that was none.
     for (let attempt = 0; ; attempt += 1) {
+      /** @type {number | undefined} */
+      let reachedAt;
       try {
-        const answer = await act(attempt);
+        const answer = await act(attempt, () => (reachedAt = performance.now()));
         this.#hasMet = true;
         return answer;
       } catch (error) {
@@ -54,7 +58,7 @@ export class Retry {
         this.#hasMet ||= error.reason !== undefined;
         if (!this.#hasMet || !mayPass(error, attempt)) throw error;
         const now = performance.now();
-        begin ??= now;
+        begin = begin === undefined ? now : begin + now - (reachedAt ?? now);
         const waitMs = this.#waitS(error, attempt) * 1e3;
         if (now + waitMs >= begin + this.#terms.giveUpAfterS * 1e3) throw error;
         await this.#wait(waitMs);

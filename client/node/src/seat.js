@@ -49,7 +49,7 @@ export class Seat {
    * @template T
    * @param {Calls} calls
    * @param {Contribution} contribution
-   * @param {() => Promise<T>} attempt
+   * @param {(reached: () => void) => Promise<T>} attempt See `Retry.persevere`.
    * @param {(error: OptserveError, attempt: number) => boolean} [mayPass]
    * @returns {Promise<T>}
    * @throws {OptserveError} A StepsLostError if the server has fewer steps than it has answered.

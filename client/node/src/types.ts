@@ -206,7 +206,11 @@ export interface LossOutcome {
  * server that says when to come back is not asked before.
  */
 export interface RetryOptions {
-  /** Seconds after its first failure in which the last attempt of a call may begin. 0: nothing is tried again. Default: 120. */
+  /**
+   * Seconds after its first failure in which the last attempt of a call may begin. 0: nothing is tried again. Default: 120.
+   * Each call has all of it, and so has each step: an outage that has ended with an answer does not count for the next one. Nor
+   * does, in one step, the time for which its stream was open, waiting for other workers perhaps.
+   */
   giveUpAfterS?: number;
   /** The first wait, in seconds. Default: 0.1. */
   backoffS?: number;

@@ -115,9 +115,11 @@ export class Worker {
    */
   async #take(seat, contribution, into) {
     const timeoutS = this.#calls.timeoutS + this.#view.roundTimeoutS;
-    const result = await seat.take(this.#calls, contribution, async () =>
-      (await this.#opened()).step(contribution, into, timeoutS),
-    );
+    const result = await seat.take(this.#calls, contribution, async (reached) => {
+      const stream = await this.#opened();
+      reached();
+      return stream.step(contribution, into, timeoutS);
+    });
     return this.#view.noteStep(result);
   }
 

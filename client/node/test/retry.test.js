@@ -57,6 +57,20 @@ test('the time after which it is given up is kept', async () => {
   assert.ok(times.length >= 3);
 });
 
+test('the time is that of outages, and not of what lay between them', async () => {
+  const times = [];
+  const act = async (/** @type {number} */ _, /** @type {() => void} */ reached) => {
+    times.push(performance.now());
+    if (times.length > 4) return 'done';
+    reached();
+    await delay(200); // The stream was open for so long.
+    throw AWAY;
+  };
+  const retry = await met({ giveUpAfterS: 0.3, backoffFactor: 1 });
+  assert.equal(await retry.persevere(act), 'done');
+  assert.equal(times.length, 5);
+});
+
 test('the server is not asked before the time that it has said', async () => {
   const { act, times } = failing(
     1,

@@ -48,17 +48,20 @@ class Outages:
         self,
         attempt: Callable[[], Operation[_Result]],
         again: Callable[[OptserveError], bool] = may_pass,
+        reached_s: Callable[[], float | None] = lambda: None,
     ) -> Operation[_Result]:
         """Attempt an operation until it succeeds, or fails for good, or the time is up.
 
         Args:
             attempt: Returns the operation, which must be safe to repeat. Called for each attempt.
             again: Whether to make another one after this error.
+            reached_s: Returns when the attempt that has failed had reached the server; None: it had
+                not. From then to its failure there was no outage.
 
         Raises:
             OptserveError: What the last attempt came to.
         """
-        began_s: float | None = None
+        began_s: float | None = None  # The outage: later by all the time that was none.
         backoff_s = self._retry.backoff_s
         while True:
             try:
@@ -67,7 +70,8 @@ class Outages:
                 if not again(error):
                     raise
                 now_s = time.monotonic()
-                began_s = now_s if began_s is None else began_s
+                worked_s = now_s - (reached_s() or now_s)
+                began_s = now_s if began_s is None else began_s + worked_s
                 wait_s = (error.retry_after_s or 0.0) + self._jittered(backoff_s)
                 if now_s + wait_s >= began_s + self._retry.give_up_after_s:
                     self._since_s = None

@@ -28,6 +28,9 @@ class PendingStep:
     """The token of the shared memory in which the server may have used up gradients that are
     nowhere else. Empty: there are none."""
 
+    reached_s: float | None = None
+    """When the present attempt found the stream open, or opened it; see Outages.persist."""
+
     def look_for(self, contribution: pb.Contribution) -> None:
         """Learn what the server has of the worker, from a stream that has just been opened."""
         known = bool(self.digest) and contribution.step == self.number

@@ -247,7 +247,9 @@ class SessionOperations:
             return (may_pass(error) or cut_off) and goes_on()
 
         try:
-            result, arrays = yield from self.terms.outages.persist(take, again)
+            result, arrays = yield from self.terms.outages.persist(
+                take, again, lambda: step.reached_s
+            )
         except StepOutOfOrderError as error:
             if error.expected.isdecimal() and int(error.expected) <= self.steps:
                 raise steps_lost(self.steps, int(error.expected) - 1) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
@@ -164,7 +165,7 @@ class StepWays:
 
     def awaited(self, step: PendingStep) -> Taking:
         """Wait for the answer to a step that the server has."""
-        opened = yield from self.open()
+        opened = yield from self._reach(step)
         if opened is not None:
             step.look_for(opened.contribution)
             if not step.has_arrived:
@@ -210,12 +211,19 @@ class StepWays:
     def _opened_for(self, step: PendingStep) -> Operation[None]:
         """See to it that the stream is open, and learn whether the server has the step."""
         step.digest = step.digest or self._drawn(step.number)
-        opened = yield from self.open()
+        opened = yield from self._reach(step)
         if opened is not None:
             step.look_for(opened.contribution)
         # Who has mapped memory keeps it, but a server that has gone may have calculated in it.
         if step.exposed_to != self._shared.token and not step.has_arrived:
             _check_kept(step)
+
+    def _reach(self, step: PendingStep) -> Operation[pb.TrainOpened | None]:
+        """Open the stream for a step, and note when it is open."""
+        step.reached_s = None
+        opened = yield from self.open()
+        step.reached_s = time.monotonic()
+        return opened
 
     def _shared_step(self, step: PendingStep) -> Taking:
         present = {

@@ -33,7 +33,11 @@ class Retry:
 
     give_up_after_s: float = 120.0
     """How long after its first failure the last attempt of a call may begin. A restart of the
-    server fits in, with the sessions that it finds on its disk."""
+    server fits in, with the sessions that it finds on its disk.
+
+    Each call has all of it, and so has each step: an outage that has ended with an answer does not
+    count for the next one. Nor does, in one step, the time for which its stream was open, waiting
+    for other workers perhaps."""
     backoff_s: float = 0.1
     """The first wait."""
     backoff_factor: float = 2.0

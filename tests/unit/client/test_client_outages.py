@@ -83,6 +83,23 @@ def test_it_ends_when_the_time_is_up(clock: Clock) -> None:
     assert 150 < clock.now_s < 160
 
 
+def test_the_time_is_that_of_outages_and_not_of_what_lay_between_them(clock: Clock) -> None:
+    reached_s: list[float] = []
+
+    def attempt() -> Operation[str]:
+        yield from ()
+        reached_s.append(clock.now_s)
+        clock.now_s += 1_000  # The stream was open for so long.
+        raise UnavailableError("gone")
+
+    operation = Outages("x", SECURE).persist(attempt, reached_s=lambda: reached_s[-1])
+    waited = pauses(operation, clock)
+    # As many as if each attempt had failed at once.
+    assert list(itertools.islice(waited, 7)) == [1, 3, 9, 10, 10, 10, 10]
+    with pytest.raises(UnavailableError):
+        next(waited)
+
+
 @pytest.mark.parametrize("jitter", [0.25, 1.0])
 def test_part_of_a_wait_is_left_to_chance(jitter: float, clock: Clock) -> None:
     chancy = Retry(jitter=jitter, backoff_s=1, backoff_factor=1, give_up_after_s=1e6)
