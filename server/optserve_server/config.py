@@ -223,13 +223,13 @@ class Config(BaseSettings):
             raise ValueError("tls_certificate and tls_key need each other")
         if self.tls_client_ca and not self.tls_certificate:
             raise ValueError("tls_client_ca needs tls_certificate and tls_key")
-        provider = (self.jwt_jwks, self.jwt_issuer, self.jwt_audience)
-        if any(provider) and not all(provider):
-            raise ValueError("jwt_jwks, jwt_issuer and jwt_audience need each other")
         if self.metrics_tls and not self.tls_certificate:
             raise ValueError("metrics_tls needs tls_certificate and tls_key")
         if self.metrics_client_ca and not self.metrics_tls:
             raise ValueError("metrics_client_ca needs metrics_tls")
+        provider = (self.jwt_jwks, self.jwt_issuer, self.jwt_audience)
+        if any(provider) and not all(provider):
+            raise ValueError("jwt_jwks, jwt_issuer and jwt_audience need each other")
         if self.jwt_jwks and not find_spec("jwt"):
             raise ValueError('jwt_jwks needs PyJWT: pip install "optserve-server[jwt]"')
         return self
@@ -259,9 +259,6 @@ class Config(BaseSettings):
                 raise ValueError("jwt_jwks must be an https URL, or a file")
         return self
 
-    @property
-    def is_private(self) -> bool:
-        """Whether nobody but this host can reach the server."""
     @model_validator(mode="after")
     def _tenants_do_not_see_each_other_in_metrics(self) -> Config:
         has_tenants = self.tokens or self.jwt_jwks or self.tls_client_ca
@@ -275,6 +272,9 @@ class Config(BaseSettings):
             )
         return self
 
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody but this host can reach the server."""
         return self.host.startswith("unix:") or _is_loopback(self.host)
 
     @classmethod
