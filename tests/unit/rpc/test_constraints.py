@@ -83,3 +83,10 @@ def test_a_field_that_is_not_known_is_found_wherever_it_is(wire_type: bytes) -> 
         check_known(CreateSessionRequest.FromString(wire_type))
     request.spec.groups[1].overrides.adam.DiscardUnknownFields()
     check_known(request)
+
+
+def test_a_message_full_of_unknown_fields_is_refused_without_a_look_at_each() -> None:
+    unknown = b"\xc0\x3e\x01" * 1_000_000  # Field 1000. To look at them took a second.
+    with pytest.raises(UnknownFieldError) as caught:
+        check_known(CreateSessionRequest.FromString(unknown))
+    assert caught.value.actual == f"{len(unknown)} bytes in others"
