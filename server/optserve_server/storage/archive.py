@@ -24,10 +24,12 @@ from optserve_server.storage.places import (
     SESSIONS,
     UNFINISHED,
     VERSION,
+    identity,
     is_finished,
     segments_in,
     snapshot_name,
     snapshots_in,
+    write_document,
 )
 from optserve_server.storage.snapshot import MANIFEST, TENSORS, decode_manifest
 
@@ -120,13 +122,14 @@ class Mirror:
 
     def _check_identity(self) -> None:
         _check_place(self._sizes)
+        self._known.pop(VERSION, None)  # Another data directory may have been made of it by now.
         version = read_file(self._disk, VERSION)
         if VERSION not in self._sizes and not self._sizes:
             self._send_small(VERSION, version)
         elif VERSION not in self._sizes or not self._has_small(VERSION, version):
             raise ForeignArchiveError(
-                "the archive is of another data directory, and would be emptied; restore that one,"
-                " or choose another place"
+                "the archive is of another data directory, which may have been restored from it,"
+                " and would be emptied; restore that one, or choose another place"
             )
 
     def _owners(self) -> list[str]:
@@ -201,6 +204,8 @@ def restore_if_empty(archive: ObjectStore, disk: Disk) -> int:
     """Make a data directory of what an archive holds, unless there is something already.
 
     A session comes back as it was when its last sealed segment, or its last snapshot, was sent.
+    The archive is the new directory's from then on: the one that it is from, if it is still there,
+    has other sessions by now, and two that are kept alike with one archive would empty each other.
 
     Args:
         archive: From Mirror; an empty one has nothing to restore.
@@ -211,6 +216,7 @@ def restore_if_empty(archive: ObjectStore, disk: Disk) -> int:
 
     Raises:
         ForeignArchiveError: The archive is none.
+        StorageVersionError: A newer server wrote it.
         StorageBusyError: Another server uses the directory.
         ArchiveError: It does not answer. To try again begins anew.
         OSError: The directory cannot be written to. As above.
@@ -270,18 +276,22 @@ def _restore(archive: ObjectStore, disk: Disk) -> int:
         return 0
     if VERSION not in sizes:
         raise ForeignArchiveError("there is no archive of a data directory")
+    version = b"".join(archive.read(VERSION))
+    decode_document(VERSION, version)
     # It gets its name at the end: without it, this is no data directory.
-    received = _receive(archive, disk, VERSION, _RESTORING)
+    write_document(disk, _RESTORING, identity())
     disk.sync_directory("")
+    received = len(version)
     made = {""}
     for name in sorted(sizes.keys() - {VERSION}):
         parent, _, last = name.rpartition("/")
         if last in (MANIFEST, TENSORS) and f"{parent}/{MANIFEST}" not in sizes:
             continue  # A snapshot that had not come whole.
         _make(disk, parent, made)
-        received += _receive(archive, disk, name, name)
+        received += _receive(archive, disk, name)
     for parent in sorted(made, reverse=True):
         disk.sync_directory(parent)
+    archive.write(VERSION, iter([read_file(disk, _RESTORING)]))
     disk.rename(_RESTORING, VERSION)
     disk.sync_directory("")
     return received
@@ -314,8 +324,8 @@ def _pieces(file: File) -> Iterator[bytes]:
         yield bytes(piece)
 
 
-def _receive(archive: ObjectStore, disk: Disk, name: str, path: str) -> int:
-    file = disk.create(path)
+def _receive(archive: ObjectStore, disk: Disk, name: str) -> int:
+    file = disk.create(name)
     try:
         offset = 0
         for piece in archive.read(name):

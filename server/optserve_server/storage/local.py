@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -30,6 +29,7 @@ from optserve_server.storage.places import (
     VERSION,
     Owner,
     checkpoint_directory,
+    identity,
     is_finished,
     read_head,
     save_directory,
@@ -274,7 +274,7 @@ def _prepare(disk: Disk) -> None:
     elif {SESSIONS, CHECKPOINTS} & names:
         raise DamagedError(VERSION, 0, "it is missing, beside sessions")
     else:
-        write_document(disk, VERSION + UNFINISHED, {"id": secrets.token_hex(16)})
+        write_document(disk, VERSION + UNFINISHED, identity())
         disk.rename(VERSION + UNFINISHED, VERSION)
         disk.sync_directory("")
     for parent in (SESSIONS, CHECKPOINTS):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,11 @@ DELETED = ".deleted"
 
 _SNAPSHOT = "snapshot-"
 _SEGMENT, _SEGMENT_END = "journal-", ".log"
+
+
+def identity() -> dict[str, Json]:
+    """Return what VERSION says of a new data directory: of no two the same."""
+    return {"id": secrets.token_hex(16)}
 
 
 def is_finished(name: str) -> bool:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from optserve_server.core.storage import StorageError
 from optserve_server.storage.archive import PIECE_BYTES, ArchiveError
@@ -51,6 +53,8 @@ class RemoteStore:
         """See ObjectStore."""
         path = self._path(name)
         with _answering(path):
+            if isinstance(self._files, LocalFileSystem):  # For the server's user alone.
+                Path(self._root).mkdir(mode=0o700, parents=True, exist_ok=True)
             self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
             with self._files.open(path, "wb") as file:
                 for piece in pieces:

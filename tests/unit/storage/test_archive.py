@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -75,6 +76,14 @@ class Store:
     def remove(self, name: str) -> None:
         """See ObjectStore."""
         del self.objects[name]
+
+
+def came_back(archive: Store) -> MemoryDisk:
+    """Return what comes of an archive; of a copy, for an archive is its data directory's alone."""
+    copy, disk = Store(), MemoryDisk()
+    copy.objects = dict(archive.objects)
+    restore_if_empty(copy, disk)
+    return disk
 
 
 def trained(disk: MemoryDisk) -> None:
@@ -161,17 +170,13 @@ def test_pass_that_ends_anywhere_leaves_what_can_be_restored_and_is_made_up_for(
         except ArchiveError:
             was_whole = False
         if writes:
-            copy = MemoryDisk()
-            restore_if_empty(archive, copy)
-            storage = stored(copy)
+            storage = stored(came_back(archive))
             for session in storage.sessions():
                 assert load(storage.open(session.session_id))[1] >= 0
             storage.close()
         archive.writes_left = 1 << 30
         assert Mirror(disk, archive).ship().is_complete
-        copy = MemoryDisk()
-        restore_if_empty(archive, copy)
-        assert restored(copy)[0] == 5
+        assert restored(came_back(archive))[0] == 5
         if was_whole:
             return
     pytest.fail("a pass takes more writes than these")
@@ -194,13 +199,9 @@ def test_snapshot_that_is_pruned_under_a_pass_makes_it_incomplete() -> None:
     disk.before = prune
     mirror = Mirror(disk, archive)
     assert not mirror.ship().is_complete
-    copy = MemoryDisk()
-    restore_if_empty(archive, copy)
-    assert restored(copy) == (5, 5)
+    assert restored(came_back(archive)) == (5, 5)
     assert mirror.ship().is_complete
-    copy = MemoryDisk()
-    restore_if_empty(archive, copy)
-    assert restored(copy) == (13, 13)
+    assert restored(came_back(archive)) == (13, 13)
 
 
 @pytest.mark.parametrize("name", ["head.json", f"snapshot-{5:020d}/manifest.json"])
@@ -273,6 +274,30 @@ def test_archive_of_another_data_directory_is_left_alone() -> None:
         Mirror(ours, other).ship()
     with pytest.raises(ForeignArchiveError):
         restore_if_empty(other, MemoryDisk())
+
+
+def test_archive_that_was_restored_is_no_longer_that_of_the_directory_it_is_from() -> None:
+    disk, archive, copy = MemoryDisk(), Store(), MemoryDisk()
+    trained(disk)
+    old = Mirror(disk, archive)
+    old.ship()
+    restore_if_empty(archive, copy)
+    storage = stored(copy)
+    begun(storage, "11").close()
+    Mirror(copy, archive).ship()
+    before = dict(archive.objects)
+    assert "sessions/11/head.json" in before
+    for mirror in (old, Mirror(disk, archive)):  # One that was at work meanwhile, and a new one.
+        with pytest.raises(ForeignArchiveError, match="another data directory"):
+            mirror.ship()
+    assert archive.objects == before
+
+
+def test_archive_on_a_mounted_directory_is_the_servers_users_alone(tmp_path: Path) -> None:
+    disk, place = MemoryDisk(), tmp_path / "mnt" / "archive"
+    trained(disk)
+    Mirror(disk, RemoteStore(f"file://{place}")).ship()
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
 
 
 def test_file_system_of_its_own_is_restored_into() -> None:
