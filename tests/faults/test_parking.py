@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from drivers import reopened
 from event_loop import TIMEOUT_S
 from faults.durable import (
@@ -22,7 +23,7 @@ from refusals import RefusedError, refused
 from scenarios.models import gradients, model, spec
 
 from optserve.v1 import optimizer_service_pb2 as pb
-from optserve.v1.optimizer_pb2 import SGD
+from optserve.v1.optimizer_pb2 import SGD, Optimizer
 from optserve.v1.session_pb2 import Durability, SessionState
 from optserve_server.core.errors import SessionNotFoundError
 from optserve_server.core.limits import Limits
@@ -131,6 +132,29 @@ def test_a_session_for_which_there_is_no_room_stays_parked_until_there_is() -> N
         assert _states(server)[session_id] == PARKED
         server.driver.delete(other)
         assert server.driver.get(session_id).status.steps == 2
+
+
+def test_a_session_that_has_grown_since_its_snapshot_comes_back_once_there_is_room() -> None:
+    wanted = spec(SGD(lr=0.1), parameters={"w": torch.ones(10_000)})
+    wanted.durability.CopyFrom(JOURNAL)
+    momentum = Optimizer(sgd=SGD(momentum=0.9))
+    with durable_server() as server:
+        driver = server.driver
+        session_id = driver.create(wanted, {"w": torch.ones(10_000)}).status.session_id
+        before = driver.get(session_id).status.reserved_bytes
+        driver.update(pb.UpdateSessionRequest(session_id=session_id, optimizer=momentum))
+        after = driver.get(session_id).status.reserved_bytes
+        disk = server.killed()
+    with durable_server(disk, Limits(memory_bytes_max=after - 1)) as server:
+        for _ in range(2):
+            with refused("MEMORY_EXHAUSTED", field="session_id"):
+                server.driver.get(session_id)
+            assert _states(server) == {session_id: PARKED}
+            assert server.registry.budget.reserved_bytes == 0
+        disk = server.killed()
+    with durable_server(disk, Limits(memory_bytes_max=after)) as server:
+        assert server.driver.get(session_id).status.reserved_bytes == after > before
+        assert server.registry.budget.reserved_bytes == after
 
 
 def test_what_changes_while_it_is_saved_is_not_parked_without_the_change() -> None:

@@ -13,7 +13,7 @@ from optserve_server.core.device import Device
 from optserve_server.core.limits import Limits
 from optserve_server.core.session import Session
 from optserve_server.core.spec import SessionSpec
-from optserve_server.core.state import SessionState, apart
+from optserve_server.core.state import SessionState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class Beginning:
             ValueError: The state is none of such a session.
         """
         if self.state is not None:
-            return Session.restored(apart(self.state), device, limits)
+            return Session.restored(self.state, device, limits)
         session = Session(self.spec, device, limits)
         if self.values:
             session.set_parameters(self.values)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from optserve_server.core.admission import session_bytes
 from optserve_server.core.changes import replay
@@ -13,15 +15,17 @@ from optserve_server.core.errors import JournalForeignError, OptserveError, Sess
 from optserve_server.core.limits import Limits
 from optserve_server.core.persistence import Persistence
 from optserve_server.core.session import Session
-from optserve_server.core.spec import DurabilityMode
+from optserve_server.core.spec import DurabilityMode, SessionSpec
 from optserve_server.core.spec_json import Read, SpecVersionError
-from optserve_server.core.state import StateVersionError, apart, to_state
+from optserve_server.core.state import StateVersionError, to_state
 from optserve_server.core.storage import (
     DamagedError,
     Loaded,
     Record,
     RecordKind,
     SessionStore,
+    SkippedSnapshot,
+    Snapshot,
     StorageVersionError,
 )
 
@@ -38,38 +42,85 @@ class Recovered:
     """Steps that its snapshot contains."""
     stepped_s: float | None
     """When the last step was applied, in seconds since the epoch."""
-    byte_count: int
-    """How much memory the session takes at most."""
     is_foreign: bool
     """Whether something else has written its journal."""
 
 
-def recover(session_id: str, persistence: Persistence, device: Device, limits: Limits) -> Recovered:
+class OutgrownError(Exception):
+    """A session has grown since its room was noted: it comes back once it has ``byte_count``."""
+
+    def __init__(self, byte_count: int) -> None:
+        """Say how much memory it needs, as far as it has been read."""
+        super().__init__(f"the session needs {byte_count} bytes")
+        self.byte_count = byte_count
+
+
+class _Room:
+    """The memory that is reserved for a session, which must do for all that it becomes.
+
+    What is read, one record at a time, has the room of the gradients, of which none come yet.
+    """
+
+    def __init__(self, reserved_bytes: int, device: torch.device) -> None:
+        self._reserved_bytes = reserved_bytes
+        self._device = device
+        self._spec: SessionSpec | None = None
+
+    def check(self, spec: SessionSpec) -> None:
+        """Make sure that there is as much as ``spec`` takes.
+
+        Raises:
+            OutgrownError: There is not.
+        """
+        if spec is self._spec:  # As after most changes.
+            return
+        self._spec, byte_count = spec, session_bytes(spec, self._device)
+        if byte_count > self._reserved_bytes:
+            raise OutgrownError(byte_count)
+
+
+def recover(
+    session_id: str,
+    persistence: Persistence,
+    device: Device,
+    limits: Limits,
+    *,
+    reserved_bytes: int,
+) -> Recovered:
     """Bring a session back from disk. Takes as long as its changes since the last snapshot took.
 
+    Args:
+        session_id: Whose.
+        persistence: Where it is.
+        device: Where it will be.
+        limits: In force.
+        reserved_bytes: How much memory it may take.
+
     Raises:
+        OutgrownError: It takes more than that. It is on disk as before.
         SessionDamagedError: What is there is not what was written there.
         JournalForeignError: Another torch, another device or a newer server wrote it.
         StorageError: The disk does not answer.
     """
     store = persistence.storage.open(session_id)
     try:
-        return _recover(store, persistence, device, limits)
+        return _recover(store, persistence, device, limits, _Room(reserved_bytes, device.torch))
     except BaseException:
         store.close()
         raise
 
 
 def _recover(
-    store: SessionStore, persistence: Persistence, device: Device, limits: Limits
+    store: SessionStore, persistence: Persistence, device: Device, limits: Limits, room: _Room
 ) -> Recovered:
     try:
         loaded = store.load()
         _check_origin(loaded, persistence)
-        state = apart(to_state(loaded.snapshot))
-        about: Read = loaded.snapshot.facts["about"]
-        session = Session.restored(state, device, limits)
-        stepped_s = _replay(session, loaded.records, about["stepped_s"])
+        records, origins, skipped = loaded.records, loaded.origins, loaded.skipped
+        session, stepped_s = _restored(loaded.snapshot, device, limits, room)
+        del loaded  # The values of the snapshot are in the room of the records.
+        saved_steps = session.steps
+        stepped_s = _replay(session, records, stepped_s, room)
     except (StorageVersionError, StateVersionError, SpecVersionError) as error:
         raise JournalForeignError(
             "a newer version of the server wrote the session; nothing is lost: start that one",
@@ -79,24 +130,36 @@ def _recover(
         if isinstance(error, JournalForeignError):
             raise
         raise _damaged(store.session_id, error) from error
-    _check_skipped(loaded, session, store.session_id)
+    _check_skipped(skipped, session, store.session_id)
     return Recovered(
         session=session,
         store=store,
-        saved_steps=state.steps,
+        saved_steps=saved_steps,
         stepped_s=stepped_s,
-        byte_count=session_bytes(session.spec, device.torch),
-        is_foreign=bool(loaded.origins - {persistence.origin}),
+        is_foreign=bool(origins - {persistence.origin}),
     )
 
 
-def _replay(session: Session, records: Iterable[Record], stepped_s: float | None) -> float | None:
+def _restored(
+    snapshot: Snapshot, device: Device, limits: Limits, room: _Room
+) -> tuple[Session, float | None]:
+    """Return the session of a snapshot, and when its last step was made."""
+    state = to_state(snapshot)
+    room.check(state.spec)
+    about: Read = snapshot.facts["about"]
+    return Session.restored(state, device, limits), about["stepped_s"]
+
+
+def _replay(
+    session: Session, records: Iterable[Record], stepped_s: float | None, room: _Room
+) -> float | None:
     """Make all changes again; return when the last step was made first, ``stepped_s`` if none was.
 
     A last step that torch fails in, as it did then, was not acknowledged: the session comes back
     failed, as it was.
 
     Raises:
+        OutgrownError: A change has made the session larger than its room.
         Exception: As of replay(). A step that had been made, and fails now, is this server's
             trouble and not the session's.
     """
@@ -114,6 +177,8 @@ def _replay(session: Session, records: Iterable[Record], stepped_s: float | None
             failure = error
         else:
             stepped_s = time_s if is_step else stepped_s
+        room.check(session.spec)
+        del record  # Its memory is the next one's.
     return stepped_s
 
 
@@ -133,19 +198,19 @@ def _check_origin(loaded: Loaded, persistence: Persistence) -> None:
         )
 
 
-def _check_skipped(loaded: Loaded, session: Session, session_id: str) -> None:
+def _check_skipped(skipped: Sequence[SkippedSnapshot], session: Session, session_id: str) -> None:
     """Make sure that the journal makes up for snapshots that are damaged.
 
     Without a journal an older snapshot is all that there is: the session goes on from there.
     """
-    for skipped in loaded.skipped:
-        if session.sequence >= skipped.sequence:
+    for each in skipped:
+        if session.sequence >= each.sequence:
             continue
         if session.spec.durability.mode is DurabilityMode.JOURNAL:
-            raise _damaged(session_id, skipped.damage) from skipped.damage
+            raise _damaged(session_id, each.damage) from each.damage
         _LOGGER.error(
             "a snapshot is damaged; the session goes on from the one before it",
-            extra={"session": session_id, "steps": session.steps, "cause": str(skipped.damage)},
+            extra={"session": session_id, "steps": session.steps, "cause": str(each.damage)},
         )
 
 

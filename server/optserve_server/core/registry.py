@@ -18,7 +18,6 @@ from optserve_server.core.catalogue import ParkedSession
 from optserve_server.core.checkpoints import Checkpoints
 from optserve_server.core.creations import CreationRequest, Creations
 from optserve_server.core.errors import (
-    MemoryExhaustedError,
     SessionNotFoundError,
     TooManyError,
     draining_error,
@@ -26,6 +25,7 @@ from optserve_server.core.errors import (
 from optserve_server.core.events import SessionOpened
 from optserve_server.core.limits import Limits
 from optserve_server.core.quotas import Quotas
+from optserve_server.core.recovery import OutgrownError
 from optserve_server.core.session import Session
 from optserve_server.core.shelf import Shelf, no_storage_error
 from optserve_server.core.spec import DurabilityMode
@@ -286,18 +286,20 @@ class SessionRegistry:
 
     async def _bring_back(self, parked: ParkedSession) -> None:
         assert self._shelf is not None
-        tenant, count = parked.opened.tenant, parked.standing().reserved_bytes
-        self.quotas.reserve(tenant, count, what="the session", field="session_id")
+        budget, count = self.quotas.of(parked.opened.tenant), parked.standing().reserved_bytes
+        budget.reserve(count, what="the session", field="session_id")
+        actor = None
         try:
-            actor = await self._shelf.take(parked, count)
+            while actor is None:
+                try:
+                    actor = await self._shelf.take(parked, count)
+                except OutgrownError as error:
+                    growth = error.byte_count - count
+                    budget.reserve(growth, what="the session", field="session_id")
+                    count += growth
         except BaseException:
-            self.quotas.release(tenant, count)
+            budget.release(count)
             raise
-        with suppress(MemoryExhaustedError):  # It is there already, and cannot take less.
-            growth = actor.reserved_bytes - count
-            actor.reserved_bytes = count
-            self.quotas.reserve(tenant, growth, what="the session", field="session_id")
-            actor.reserved_bytes += growth
         self._enter(actor)
 
     def _enter(self, actor: SessionActor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -69,44 +69,58 @@ def encode_tensors(
     return [_LENGTH.pack(len(text)) + text, *(byte_view(tensor) for _, tensor in ordered)]
 
 
-def decode_tensors(path: str, data: Tensor) -> dict[str, Tensor]:
-    """Return the tensors in a file's bytes, as views of them.
+def decode_tensors(
+    path: str, byte_count: int, read: Callable[[memoryview], object]
+) -> dict[str, Tensor]:
+    """Return the tensors of a file, each in memory of its own; the file is nowhere as a whole.
+
+    Args:
+        path: Of the file, for errors.
+        byte_count: Its size.
+        read: Fills what it is given with the file's next bytes.
 
     Raises:
         DamagedError: It is no such file, or not one that encode_tensors() has written.
     """
-    view = byte_view(data)
-    if len(view) < _LENGTH.size:
-        raise DamagedError(path, 0, "it ends in its header")
-    (length,) = _LENGTH.unpack_from(view)
+    length = 0
+    if byte_count >= _LENGTH.size:
+        (length,) = _LENGTH.unpack(_next(_LENGTH.size, read))
     begin = _LENGTH.size + length
-    if begin > len(view):
+    if begin > byte_count:
         raise DamagedError(path, 0, "it ends in its header")
     try:
-        header = json.loads(bytes(view[_LENGTH.size : begin]))
+        header = json.loads(_next(length, read))
     except (ValueError, RecursionError):
         raise DamagedError(path, _LENGTH.size, "the header is no JSON") from None
     if not isinstance(header, dict):
         raise DamagedError(path, _LENGTH.size, "the header is no object")
     tensors = {}
-    end = begin
+    left = byte_count - begin
     for name, entry in header.items():
         try:
-            tensor, end = _tensor(data, begin, end, entry)
+            tensor = _tensor(entry, byte_count - begin - left, left)
         except (KeyError, OverflowError, RuntimeError, TypeError, ValueError):
             raise DamagedError(path, _LENGTH.size, f"tensor {name!r} is none") from None
+        read(byte_view(tensor))
+        left -= tensor.nbytes
         tensors[name] = tensor
-    if end != len(view):
-        raise DamagedError(path, end, "there is more than the tensors")
+    if left:
+        raise DamagedError(path, byte_count - left, "there is more than the tensors")
     return tensors
 
 
-def _tensor(data: Tensor, origin: int, begin: int, entry: Any) -> tuple[Tensor, int]:  # noqa: ANN401 It is what JSON gave.
-    """Return the tensor that begins at ``begin``, and where it ends."""
+def _next(count: int, read: Callable[[memoryview], object]) -> bytearray:
+    data = bytearray(count)
+    read(memoryview(data))
+    return data
+
+
+def _tensor(entry: Any, begin: int, left: int) -> Tensor:  # noqa: ANN401 It is what JSON gave.
+    """Return memory for a tensor that begins at ``begin`` and has at most ``left`` bytes."""
     dtype = DTYPES[entry["dtype"]]
     shape = tuple(int(each) for each in entry["shape"])
-    end = begin + math.prod(shape) * dtype.itemsize
-    offsets = [begin - origin, end - origin]
-    if entry["data_offsets"] != offsets or min(shape, default=0) < 0 or end > len(data):
+    size = math.prod(shape) * dtype.itemsize
+    offsets = [begin, begin + size]
+    if entry["data_offsets"] != offsets or min(shape, default=0) < 0 or size > left:
         raise ValueError(offsets)
-    return data[begin:end].view(dtype).reshape(shape), end
+    return torch.empty(shape, dtype=dtype)

@@ -93,9 +93,8 @@ class Shelf:
     async def take(self, parked: ParkedSession, reserved_bytes: int) -> SessionActor:
         """Bring a session back into memory, ``reserved_bytes`` of which are reserved for it.
 
-        It may need more by now: see SessionActor.reserved_bytes.
-
         Raises:
+            OutgrownError: It needs more by now. Nothing was changed.
             SessionDamagedError, JournalForeignError: It cannot come back.
             SessionFailedError: The disk has failed.
         """
@@ -105,7 +104,9 @@ class Shelf:
         device, limits, persistence = self._surroundings.device, self._limits, self._persistence
         try:
             recovered = await persistence.run(
-                lambda: recover(parked.session_id, persistence, device, limits)
+                lambda: recover(
+                    parked.session_id, persistence, device, limits, reserved_bytes=reserved_bytes
+                )
             )
         except SessionDamagedError:
             parked.damaged = True
@@ -119,8 +120,7 @@ class Shelf:
                 "the server's disk has failed, and does not give the session back; nothing has been"
                 " changed"
             ) from error
-        count = max(reserved_bytes, recovered.byte_count)
-        actor = SessionActor(recovered.session, parked.opened, count, self._surroundings)
+        actor = SessionActor(recovered.session, parked.opened, reserved_bytes, self._surroundings)
         _LOGGER.info(
             "session restored",
             extra={

@@ -7,7 +7,6 @@ earlier ones wrote: see VERSION.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -133,21 +132,6 @@ def to_state(snapshot: Snapshot) -> SessionState:
             points=[decode_point(each) for each in history["points"]],
         ),
     )
-
-
-def apart(state: SessionState) -> SessionState:
-    """Return a state whose tensors do not hold the whole file in memory that they came from.
-
-    Of the optimizer's, that is: values of parameters are copied by the session.
-    """
-    kept = {
-        place: {
-            name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in values.items()
-        }
-        for place, values in state.optimizer_state.items()
-    }
-    return dataclasses.replace(state, optimizer_state=kept)
 
 
 def encode_point(point: LossPoint) -> Json:

@@ -85,6 +85,7 @@ class Journal:
             for record in reader.records():
                 self._sequence = record.sequence
                 yield record
+                del record  # Before the next one is read.
             # What was read is on stable storage now, and what was cut off will not come back.
             self._segments = reader.segments
             self._durable = self._sequence

@@ -215,7 +215,9 @@ class JournalReader:
                 if data is None:
                     head = None
                 else:
-                    yield decode_record(segment.path, offset, head, data)
+                    record = decode_record(segment.path, offset, head, data)
+                    yield record
+                    del record, data  # One at a time is in memory.
             if head is not None:
                 offset += head.byte_count
                 expected += 1

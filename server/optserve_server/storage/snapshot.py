@@ -18,8 +18,6 @@ from torch import Tensor
 from optserve_server.core import failpoints
 from optserve_server.core.safetensors import decode_tensors, encode_tensors
 from optserve_server.core.storage import DamagedError, Json, Origin, Snapshot
-from optserve_server.core.tensors import byte_view
-from optserve_server.storage import tensors as types
 from optserve_server.storage.disk import Disk, File, read_file, readable
 from optserve_server.storage.document import decode_document, encode_document
 
@@ -129,7 +127,7 @@ def read_manifest(disk: Disk, path: str) -> Manifest:
 
 
 def read_snapshot(disk: Disk, path: str) -> tuple[Manifest, Snapshot]:
-    """Return the snapshot in the directory ``path``; its tensors share one piece of memory.
+    """Return the snapshot in the directory ``path``; each of its tensors has memory of its own.
 
     Raises:
         DamagedError: It is not what was written.
@@ -139,10 +137,7 @@ def read_snapshot(disk: Disk, path: str) -> tuple[Manifest, Snapshot]:
     tensors: Mapping[str, Tensor] = {}
     if manifest.tensors_bytes is not None:
         name = f"{path}/{TENSORS}"
-        data = _read_tensors(disk, name, manifest.tensors_bytes)
-        if xxhash.xxh3_128_hexdigest(byte_view(data)) != manifest.tensors_checksum:
-            raise DamagedError(name, 0, "it is not what was written")
-        tensors = decode_tensors(name, data)
+        tensors = _read_tensors(disk, name, manifest.tensors_bytes, manifest.tensors_checksum)
     return manifest, Snapshot(sequence=manifest.sequence, facts=manifest.facts, tensors=tensors)
 
 
@@ -164,22 +159,31 @@ def _write_evenly(file: File, pieces: Sequence[memoryview | bytes]) -> None:
     file.write_at(offset, burst)
 
 
-def _read_tensors(disk: Disk, path: str, byte_count: int) -> Tensor:
+def _read_tensors(disk: Disk, path: str, byte_count: int, checksum: str) -> Mapping[str, Tensor]:
     try:
         file = disk.open(path)
     except FileNotFoundError:
         raise DamagedError(path, 0, "it is missing") from None
+    hasher, offset = xxhash.xxh3_128(), 0
+
+    def read(target: memoryview) -> None:
+        nonlocal offset
+        with readable(path):
+            file.read_at(offset, target)
+        hasher.update(target)
+        offset += len(target)
+
     try:
         size = file.size()
         if size != byte_count:  # Before any memory is taken for it.
             what = f"it has {size} bytes; {byte_count} were written"
             raise DamagedError(path, min(size, byte_count), what)
-        data = types.aligned_bytes(byte_count)
-        with readable(path):
-            file.read_at(0, byte_view(data))
-        return data
+        tensors = decode_tensors(path, byte_count, read)
     finally:
         file.close()
+    if hasher.hexdigest() != checksum:
+        raise DamagedError(path, 0, "it is not what was written")
+    return tensors
 
 
 def _whole(value: Any) -> int:  # noqa: ANN401 It is what JSON gave.

@@ -5,6 +5,7 @@ Checksums refuse nearly all of that at once, so what stands behind them is fed o
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -74,7 +75,7 @@ def _take_record(data: bytes) -> None:
 
 def _take_tensors(data: bytes) -> None:
     with suppress(StorageError):
-        decode_tensors("tensors", _memory(data))
+        decode_tensors("tensors", len(data), io.BytesIO(data).readinto)
 
 
 def _take_documents(data: bytes) -> None:

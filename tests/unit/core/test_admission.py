@@ -79,6 +79,13 @@ def test_no_evaluation_takes_more_than_it_reserves() -> None:
     assert over == {}
 
 
+def test_no_session_takes_more_than_it_reserves_while_it_comes_back() -> None:
+    recoveries = _measured("measure_recoveries")
+    assert len(recoveries) == 6
+    for name, (reserved, taken) in recoveries.items():
+        assert taken <= reserved + SLACK_BYTES, name
+
+
 def test_a_budget_gives_what_it_has_and_takes_it_back() -> None:
     budget = Budget(Limits(memory_bytes_max=100, session_bytes_max=60), NullObserver())
     budget.reserve(70, what="it", field="here")
