@@ -24,24 +24,9 @@ def call(address: str, method: str, body: bytes, *headers: tuple[str, str]) -> d
         body: Framed messages: see ``framed``.
         headers: Beside those that every gRPC call has.
     """
-    host, _, port = address.rpartition(":")
     answer: dict[str, str] = {}
-    with socket.create_connection((host, int(port)), timeout=TIMEOUT_S) as connected:
-        config = h2.config.H2Configuration(header_encoding="utf-8")
-        connection = h2.connection.H2Connection(config)
-        connection.initiate_connection()
-        connection.send_headers(
-            1,
-            [
-                (":method", "POST"),
-                (":scheme", "http"),
-                (":path", method),
-                (":authority", address),
-                ("content-type", "application/grpc"),
-                ("te", "trailers"),
-                *headers,
-            ],
-        )
+    with connected_to(address, TIMEOUT_S) as connected:
+        connection = begun(method, *headers)
         unsent = memoryview(body)
         if not body:
             connection.end_stream(1)
@@ -58,6 +43,29 @@ def call(address: str, method: str, body: bytes, *headers: tuple[str, str]) -> d
                     h2.events.StreamEnded | h2.events.StreamReset | h2.events.ConnectionTerminated,
                 )
     return answer
+
+
+def connected_to(address: str, timeout_s: float) -> socket.socket:
+    """Return a socket that is connected to a server, and waits so long at a time."""
+    host, _, port = address.rpartition(":")
+    connected = socket.create_connection((host, int(port)), timeout=timeout_s)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connected
+
+
+def begun(method: str, *headers: tuple[str, str]) -> h2.connection.H2Connection:
+    """Return a connection that has a call's headers to send, on its stream 1; as call()."""
+    connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+    connection.initiate_connection()
+    connection.send_headers(
+        1,
+        [
+            *((":method", "POST"), (":scheme", "http"), (":path", method)),
+            *((":authority", "here"), ("content-type", "application/grpc"), ("te", "trailers")),
+            *headers,
+        ],
+    )
+    return connection
 
 
 def framed(message: bytes, *, compressed: bool = False, length: int | None = None) -> bytes:

@@ -6,18 +6,18 @@ import socket
 import time
 from collections.abc import Iterator
 
-import h2.config
 import h2.connection
 import h2.events
 import pytest
 from faults.ground import Ground, ground
-from faults.http2 import framed
+from faults.http2 import begun, connected_to, framed
 
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve_server.core.limits import Limits
 
 STALL_S = 1.0
 WAIT_S = 15.0
+LOOK_S = 0.05  # How long to wait for the server at a time.
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 METHOD = "/optserve.v1.OptimizerService/"
 
@@ -27,11 +27,6 @@ def hasty() -> Iterator[tuple[Ground, str]]:
     """Serve with little patience; return the address, too."""
     with ground(Limits(stall_timeout_s=STALL_S)) as laid:
         yield laid, laid.driver._address
-
-
-def _connected(address: str) -> socket.socket:
-    host, _, port = address.rpartition(":")
-    return socket.create_connection((host, int(port)), timeout=0.05)
 
 
 def _closed_after_s(connection: socket.socket, data: bytes, pause_s: float) -> float:
@@ -62,20 +57,14 @@ def test_a_connection_that_does_not_come_about_is_closed(
 ) -> None:
     where, address = hasty
     before = where.look()
-    with _connected(address) as connection:
+    with connected_to(address, LOOK_S) as connection:
         assert _closed_after_s(connection, data, pause_s) < 10 * STALL_S
     assert where.look() == before
 
 
 def call_begun(method: str, data: bytes, *, end: bool) -> h2.connection.H2Connection:
     """Return a connection that has a call to send, of which some data has come, or all."""
-    connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
-    connection.initiate_connection()
-    headers = [
-        *((":method", "POST"), (":scheme", "http"), (":path", METHOD + method)),
-        *((":authority", "here"), ("content-type", "application/grpc"), ("te", "trailers")),
-    ]
-    connection.send_headers(1, headers)
+    connection = begun(METHOD + method)
     size = connection.max_outbound_frame_size
     for at in range(0, max(len(data), 1), size):
         connection.send_data(1, data[at : at + size], end_stream=end and at + size >= len(data))
@@ -102,7 +91,7 @@ def test_a_call_that_does_not_come_about_is_ended(
 ) -> None:
     where, address = hasty
     before = where.look()
-    with _connected(address) as connected:
+    with connected_to(address, LOOK_S) as connected:
         connection = call_begun(method, data, end=False)
         started_s, trailers = time.monotonic(), dict[str, str]()
         while "grpc-status" not in trailers:
