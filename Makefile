@@ -28,8 +28,9 @@ demo: $(DEV) ## Train nine optimizers at once on real digits; the curves go to b
 serve: $(DEV) ## Run the server; make serve ARGS=--help lists its flags
 	@exec $(BIN)/python -m optserve_server $(ARGS)
 
+# Two at a time, each with servers and clients of its own; one after the other if ARGS chooses some.
 test: $(DEV) $(GENERATE) $(WHERE_NPM_IS) ## Run the tests, but those that move hundreds of megabytes
-	@exec $(BIN)/pytest -m "not large" $(ARGS)
+	@exec $(BIN)/pytest -m "not large" $(or $(ARGS),--numprocesses 2 --dist worksteal)
 
 test-large: $(DEV) $(WHERE_NPM_IS) ## Run the tests that move hundreds of megabytes
 	@exec $(BIN)/pytest -m large $(ARGS)
