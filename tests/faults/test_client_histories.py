@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from faults.machines.history import (
+    Course,
     Entry,
+    RateChange,
     Saw,
     Tensors,
     Training,
@@ -38,7 +40,7 @@ def _digest(worker: int, step: int) -> bytes:
 
 
 CONTRIBUTIONS = [[_digest(0, step), _digest(1, step)] for step in range(1, STEPS + 1)]
-STATES = trajectory(TRAINING, CONTRIBUTIONS)
+STATES = trajectory(TRAINING, Course(contributions=CONTRIBUTIONS))
 FINAL = STATES[-1]
 
 
@@ -103,9 +105,59 @@ def test_steps_that_may_be_lost_are_taken_back_and_made_again() -> None:
     assert judge(log, TRAINING, 3, STATES[3]).lost
 
 
+RATES = [0.1, 0.1, 0.05, 0.05, 0.2]
+CHANGES = [
+    RateChange(rate=0.1, earliest=0, latest=0),
+    RateChange(rate=0.05, earliest=2, latest=2),
+    RateChange(rate=0.2, earliest=3, latest=5),
+]
+CHANGED = trajectory(TRAINING, Course(contributions=CONTRIBUTIONS, rates=RATES))
+
+
+def _changed_log() -> list[Entry]:
+    """Return what was seen of a session whose rate changed, but for the last step's."""
+    return [
+        replace(entry, parameters=hash_of(CHANGED[entry.step]), rate=RATES[entry.step - 1])
+        if entry.saw is Saw.ANSWERED
+        else entry
+        for entry in _without(_without(_right(), 0, STEPS, Saw.ANSWERED), 1, STEPS, Saw.ANSWERED)
+    ]
+
+
+def test_a_change_comes_where_the_steps_say_that_it_came() -> None:
+    verdict = judge(_changed_log(), TRAINING, STEPS, CHANGED[-1], CHANGES)
+    assert verdict.ok, verdict.failures
+    assert verdict.course is not None
+    assert verdict.course.rates == RATES  # Though nobody was told of the last one.
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameters"),
+    [
+        pytest.param(CHANGES, FINAL, id="change-without-effect"),
+        pytest.param(CHANGES[:1], CHANGED[-1], id="rate-that-nobody-set"),
+        pytest.param(
+            [CHANGES[0], replace(CHANGES[1], earliest=1, latest=1), CHANGES[2]],
+            CHANGED[-1],
+            id="step-that-did-not-use-the-new-rate",
+        ),
+        pytest.param(
+            [*CHANGES, RateChange(rate=0.1, earliest=4, latest=4)],
+            CHANGED[-1],
+            id="change-taken-back",
+        ),
+    ],
+)
+def test_a_change_that_came_elsewhere_or_not_at_all_is_found(
+    changes: Sequence[RateChange], parameters: Tensors
+) -> None:
+    assert not judge(_changed_log(), TRAINING, STEPS, parameters, changes).ok
+
+
 def _applied(*steps: int) -> Tensors:
     """Return the parameters if just these steps had been applied."""
-    return trajectory(TRAINING, [CONTRIBUTIONS[step - 1] for step in steps])[-1]
+    applied = Course(contributions=[CONTRIBUTIONS[step - 1] for step in steps])
+    return trajectory(TRAINING, applied)[-1]
 
 
 def _off_by_one_bit() -> Tensors:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +45,17 @@ class Entry:
     """Of what was contributed."""
     parameters: bytes = b""
     """Hash of the parameters that came with the answer; empty if none did."""
+    rate: float | None = None
+    """Learning rate that the step has used; None if nobody looked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateChange:
+    """Another learning rate, and how many steps had been made when it came into force."""
+
+    rate: float
+    earliest: int
+    latest: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +71,16 @@ class Training:
     """How many acknowledged steps the session may lose at a time, if it says so."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """What a session has made of its steps."""
+
+    contributions: Sequence[Sequence[bytes]]
+    """For each step, the digests of what the workers contributed, in their order."""
+    rates: Sequence[float] | None = None
+    """For each step, its learning rate. None: what the optimizer began with."""
+
+
 @dataclass(slots=True)
 class Verdict:
     """What a history proves."""
@@ -71,6 +92,8 @@ class Verdict:
     taken_back: int = 0
     """How many acknowledged steps were lost as agreed."""
     failures: list[str] = field(default_factory=list)
+    course: Course | None = None
+    """What must have been. None: nothing is."""
 
     @property
     def ok(self) -> bool:
@@ -85,7 +108,13 @@ def hash_of(tensors: Tensors) -> bytes:
     ).digest()
 
 
-def judge(log: Sequence[Entry], training: Training, steps: int, parameters: Tensors) -> Verdict:
+def judge(
+    log: Sequence[Entry],
+    training: Training,
+    steps: int,
+    parameters: Tensors,
+    changes: Sequence[RateChange] = (),
+) -> Verdict:
     """Look whether what the clients saw, and what the session came to, is one history.
 
     Args:
@@ -93,6 +122,8 @@ def judge(log: Sequence[Entry], training: Training, steps: int, parameters: Tens
         training: What the session trains.
         steps: How many steps the session has made in the end.
         parameters: The session's, in the end.
+        changes: All rates that were in force, in their order; the first one from the beginning.
+            None: there is only that of the optimizer.
     """
     verdict = Verdict()
     answers: dict[tuple[int, int], Entry] = {}
@@ -106,22 +137,29 @@ def judge(log: Sequence[Entry], training: Training, steps: int, parameters: Tens
         verdict.lost += len(beyond)
         verdict.failures.append(f"acknowledged, and not there in the end: steps {beyond}")
     options = _contributions(log, answers, training.workers, steps, verdict)
+    used = {step: answer.rate for (_, step), answer in answers.items() if answer.rate is not None}
+    rates = list(_rates(changes, used, steps)) if changes else [None]
+    if not rates:
+        verdict.failures.append(f"the steps have used the rates {used}, and never had {changes}")
     if verdict.ok:
-        _replay(options, answers, training, parameters, verdict)
+        courses = (
+            Course(contributions=chosen, rates=each)
+            for each in rates
+            for chosen in _choices(options)
+        )
+        _replay(courses, answers, training, parameters, verdict)
     return verdict
 
 
-def trajectory(training: Training, contributions: Sequence[Sequence[bytes]]) -> list[Tensors]:
-    """Make steps with torch; return the parameters before the first, and after each of them.
-
-    Args:
-        training: What is trained.
-        contributions: Of each step, the digests of what the workers contributed, in their order.
-    """
+def trajectory(training: Training, course: Course) -> list[Tensors]:
+    """Make steps with torch; return the parameters before the first, and after each of them."""
     parameters = {name: value.clone() for name, value in training.initial.items()}
     optimizer = training.optimizer(list(parameters.values()))
     states: list[Tensors] = [{name: value.clone() for name, value in parameters.items()}]
-    for digests in contributions:
+    for position, digests in enumerate(course.contributions):
+        if course.rates is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = course.rates[position]
         brought = [training.content(digest) for digest in digests]
         for name, parameter in parameters.items():
             total = brought[0][name].clone()
@@ -192,22 +230,45 @@ def _contributions(
     return options
 
 
+def _rates(
+    changes: Sequence[RateChange], used: Mapping[int, float], steps: int
+) -> Iterator[Sequence[float]]:
+    """Yield for each step its rate, in every way in which the changes may have come.
+
+    Args:
+        changes: In their order.
+        used: What steps are known to have used.
+        steps: How many steps there are.
+    """
+    spans = [range(change.earliest, change.latest + 1) for change in changes]
+    for places in itertools.product(*spans):
+        if list(places) != sorted(places):
+            continue
+        in_force = [sum(place < step for place in places) for step in range(1, steps + 1)]
+        rates = [changes[count - 1].rate for count in in_force]
+        if all(rates[step - 1] == rate for step, rate in used.items()):
+            yield rates
+
+
 def _replay(
-    options: Sequence[Sequence[Sequence[bytes]]],
+    courses: Iterable[Course],
     answers: Mapping[tuple[int, int], Entry],
     training: Training,
     parameters: Tensors,
     verdict: Verdict,
 ) -> None:
     """Make the steps with torch, and compare with what was seen."""
-    wanted = hash_of(parameters)
-    for chosen in _choices(options):
-        hashes = [hash_of(state) for state in trajectory(training, chosen)]
+    wanted, first = hash_of(parameters), None
+    for course in courses:
+        first = first or course
+        hashes = [hash_of(state) for state in trajectory(training, course)]
         if hashes[-1] == wanted:
             break
     else:
-        _name(next(_choices(options)), wanted, training, verdict)
+        assert first is not None
+        _name(first, wanted, training, verdict)
         return
+    verdict.course = course
     for (worker, step), answer in answers.items():
         if answer.parameters and hashes[step] != answer.parameters:
             verdict.failures.append(f"worker {worker} saw other parameters after step {step}")
@@ -221,20 +282,25 @@ def _choices(options: Sequence[Sequence[Sequence[bytes]]]) -> Iterator[list[list
         yield [[next(left) for _ in step] for step in options]
 
 
-def _name(
-    contributions: list[list[bytes]], wanted: bytes, training: Training, verdict: Verdict
-) -> None:
+def _name(course: Course, wanted: bytes, training: Training, verdict: Verdict) -> None:
     """Say what must have happened for the session to come to other parameters than torch."""
-    for at, step in enumerate(contributions):
-        without, twice = [*contributions], [*contributions]
-        del without[at]
-        twice.insert(at, step)
-        if hash_of(trajectory(training, without)[-1]) == wanted:
+    for at in range(len(course.contributions)):
+        without = [step for step in range(len(course.contributions)) if step != at]
+        twice = sorted([*range(len(course.contributions)), at])
+        if hash_of(trajectory(training, _of(course, without))[-1]) == wanted:
             verdict.lost += 1
             verdict.failures.append(f"step {at + 1} has no effect on the parameters")
             return
-        if hash_of(trajectory(training, twice)[-1]) == wanted:
+        if hash_of(trajectory(training, _of(course, twice))[-1]) == wanted:
             verdict.doubled += 1
             verdict.failures.append(f"step {at + 1} was applied twice")
             return
     verdict.failures.append("the parameters are not what torch makes of the same steps")
+
+
+def _of(course: Course, steps: Sequence[int]) -> Course:
+    """Return a course of some of the steps of another one."""
+    return Course(
+        contributions=[course.contributions[step] for step in steps],
+        rates=None if course.rates is None else [course.rates[step] for step in steps],
+    )

@@ -13,30 +13,33 @@ from typing import Any
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
-from faults.disks import MemoryDisk
+from faults.disks import MemoryDisk, MemoryFile
 from faults.machines.simulation.scene import Promise
 from torch import Tensor
 
-from optserve_server.core import changes, durability, rounds, session
-from optserve_server.core.changes import Change
+from optserve_server.core import changes, checkpoints, durability, recovery, rounds, session
+from optserve_server.core.changes import Change, SpecChange
 from optserve_server.core.creations import CreationRequest, Creations
 from optserve_server.core.device import Device
 from optserve_server.core.durability import Archive
 from optserve_server.core.errors import RoundTimeoutError
+from optserve_server.core.limits import Limits
 from optserve_server.core.outcome import StepOutcome
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.round import Contribution, Round
 from optserve_server.core.rounds import Rounds
 from optserve_server.core.seats import Seats
 from optserve_server.core.session import Session
-from optserve_server.core.state import SessionState
-from optserve_server.core.storage import Loaded, Record, Snapshot
+from optserve_server.core.state import SessionState, to_snapshot
+from optserve_server.core.storage import Json, Loaded, Record, RecordKind, Snapshot
 from optserve_server.storage.commits import Commits, Committing
+from optserve_server.storage.reader import JournalReader
 from optserve_server.storage.store import LocalSessionStore
 
 _DISK = (Promise.SNAPSHOT, Promise.JOURNAL, Promise.FSYNC)
 _RECORDS = (Promise.JOURNAL, Promise.FSYNC)
 _POWER = (Promise.FSYNC,)
+_OPERATED = (Promise.NONE, Promise.JOURNAL, Promise.FSYNC)
 
 
 def _forget_the_digest() -> AbstractContextManager[object]:
@@ -222,6 +225,95 @@ def _replay_less() -> AbstractContextManager[object]:
     return patch.object(LocalSessionStore, "load", load)
 
 
+def _leave_half_a_record() -> AbstractContextManager[object]:
+    """Read past what a crash has left unfinished, and leave it where it is."""
+    right = JournalReader._cut
+
+    def cut(self: JournalReader, *arguments: Any) -> None:
+        with patch.object(MemoryFile, "truncate", lambda _self, _byte_count: None):
+            right(self, *arguments)
+
+    return patch.object(JournalReader, "_cut", cut)
+
+
+def _change_without_a_record() -> AbstractContextManager[object]:
+    """Let a change of the rate be made that nothing is written down of but the spec."""
+    right = changes.to_record
+
+    def to_record(change: Change, sequence: int, time_s: float) -> Record:
+        record = right(change, sequence, time_s)
+        if not isinstance(change, SpecChange):
+            return record
+        rates_set = [False] * len(change.rates_set)
+        return replace(record, facts={**record.facts, "rates_set": rates_set})
+
+    return patch.object(durability, "to_record", to_record)
+
+
+def _count_an_epoch_twice() -> AbstractContextManager[object]:
+    """Advance the schedule once more when the end of an epoch is replayed."""
+    right = changes.replay
+
+    def replay(session: Session, record: Record) -> float:
+        time_s = right(session, record)
+        if record.kind is RecordKind.EPOCH and session._schedule:
+            session._schedule.advance()
+        return time_s
+
+    return patch.object(recovery, "replay", replay)
+
+
+def _end_another_epoch() -> AbstractContextManager[object]:
+    """Take the repeat of an epoch's end for the end of the next one."""
+    right = Session.end_epoch
+
+    def end_epoch(self: Session, epoch: int) -> None:
+        self._epoch_steps += epoch == self.epochs
+        right(self, max(epoch, self.epochs + 1))
+
+    return patch.object(Session, "end_epoch", end_epoch)
+
+
+def _forget_epochs_on_disk() -> AbstractContextManager[object]:
+    """Leave the number of the epochs out of snapshots."""
+    right = Session.capture
+
+    def capture(self: Session, **arguments: bool) -> SessionState:
+        return replace(right(self, **arguments), epochs=0)
+
+    return patch.object(Session, "capture", capture)
+
+
+def _save_while_it_steps() -> AbstractContextManager[object]:
+    """Write a state without a copy of it, and let the session go on meanwhile."""
+    right = Session.capture
+    return patch.object(Session, "capture", lambda self, **_arguments: right(self, copy=False))
+
+
+def _save_no_momenta() -> AbstractContextManager[object]:
+    """Leave what the optimizer keeps out of checkpoints."""
+
+    def without(state: SessionState, about: Mapping[str, Json]) -> Snapshot:
+        return to_snapshot(replace(state, optimizer_state={}), about)
+
+    return patch.object(checkpoints, "to_snapshot", without)
+
+
+def _restore_with_first_rates() -> AbstractContextManager[object]:
+    """Have a session that is restored begin with the rates of its spec."""
+    right = Session.restored.__func__  # type: ignore[attr-defined] # A class method has it.
+
+    def restored(
+        cls: type[Session], state: SessionState, device: Device, limits: Limits
+    ) -> Session:
+        session: Session = right(cls, state, device, limits)
+        for group, own in zip(session._optimizer.param_groups, state.spec.groups, strict=True):
+            group["lr"] = own.hyperparameters["lr"]
+        return session
+
+    return patch.object(Session, "restored", classmethod(restored))
+
+
 def _lose_more_than_agreed() -> AbstractContextManager[object]:
     """Go on stepping, however late a snapshot is."""
 
@@ -259,6 +351,14 @@ PLANTED: Mapping[str, Bug] = {
     "forget digests on disk": Bug(plant=_forget_digests_on_disk, promises=_RECORDS),
     "forget momenta on disk": Bug(plant=_forget_momenta_on_disk, promises=_DISK),
     "replay less": Bug(plant=_replay_less, promises=_RECORDS),
+    "leave half a record": Bug(plant=_leave_half_a_record, promises=_RECORDS),
+    "change without a record": Bug(plant=_change_without_a_record, promises=_RECORDS),
+    "count an epoch twice": Bug(plant=_count_an_epoch_twice, promises=_RECORDS),
+    "end another epoch": Bug(plant=_end_another_epoch, promises=_OPERATED),
+    "forget epochs on disk": Bug(plant=_forget_epochs_on_disk, promises=_OPERATED),
+    "save while it steps": Bug(plant=_save_while_it_steps, promises=_OPERATED),
+    "save no momenta": Bug(plant=_save_no_momenta, promises=_OPERATED),
+    "restore with first rates": Bug(plant=_restore_with_first_rates, promises=_OPERATED),
     "lose more than agreed": Bug(plant=_lose_more_than_agreed, promises=[Promise.SNAPSHOT]),
 }
 """By what they do wrong."""

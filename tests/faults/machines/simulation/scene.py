@@ -28,11 +28,14 @@ from optserve_server.core.storage import StorageFailedError
 
 _Optimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 
+RATE = 0.125
+"""What a session begins with: it and its halves are exact."""
+
 # As messages, and as torch has them; fused, as the server does by default.
 _OPTIMIZERS: Sequence[tuple[Message, _Optimizer]] = (
-    (SGD(lr=0.1, momentum=0.9), partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True)),
-    (Adam(lr=0.1), partial(torch.optim.Adam, lr=0.1, fused=True)),
-    (Adagrad(lr=0.1), partial(torch.optim.Adagrad, lr=0.1, fused=True)),
+    (SGD(lr=RATE, momentum=0.9), partial(torch.optim.SGD, lr=RATE, momentum=0.9, fused=True)),
+    (Adam(lr=RATE), partial(torch.optim.Adam, lr=RATE, fused=True)),
+    (Adagrad(lr=RATE), partial(torch.optim.Adagrad, lr=RATE, fused=True)),
 )
 # With so many tensors the server thinks a session worth a thread.
 _SHAPES: Sequence[Sequence[tuple[int, ...]]] = (
@@ -70,6 +73,8 @@ class Setting:
     """Whether connections break."""
     durability: Durability
     is_durable: bool
+    operates: bool
+    """Whether somebody changes the session, and saves it, while it is trained."""
     crashes_s: Sequence[float]
     """When the server's process ends."""
     crash_operations: frozenset[int]
@@ -112,6 +117,8 @@ class Setting:
             breaks=random.random() < 0.8,
             durability=durability,
             is_durable=is_durable,
+            # What is changed behind the last snapshot may be taken back; nobody would tell when.
+            operates=promise is not Promise.SNAPSHOT,
             crashes_s=[random.uniform(0, 4) for _ in range(random.randrange(4) * harm)],
             crash_operations=_drawn(random, 3 * harm),
             broken_operations=_drawn(random, breaks_disk),

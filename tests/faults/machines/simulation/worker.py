@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from faults.machines.history import Entry, Saw, hash_of
+from faults.machines.history import Entry, Saw, Tensors, hash_of
 from faults.machines.simulation.line import Line, LostError
 from faults.machines.simulation.scene import Scene
 from faults.machines.simulation.steps import answer_of, events_of, request_of, spoiled
@@ -177,7 +177,7 @@ class Worker:
             line.send(event)
         result, parameters = await answer_of(self._scene.training.initial, line.receive)
         self._expect(result.step == step, f"step {step} was answered by {result.step}")
-        self._log(Saw.ANSWERED, step, digest, hash_of(parameters))
+        self._log_answer(result, digest, parameters)
 
     async def _step_unary(self) -> None:
         """Take the next step in one message each way."""
@@ -193,7 +193,7 @@ class Worker:
         finally:
             line.break_now()
         self._expect(response.result.step == step, f"{step} was answered by {response.result}")
-        self._log(Saw.ANSWERED, step, self._digest, hash_of(tensors_of(response.parameters)))
+        self._log_answer(response.result, self._digest, tensors_of(response.parameters))
         self._last = (step, self._digest)
         self._step, self._digest, self._waits = step + 1, b"", False
 
@@ -250,8 +250,26 @@ class Worker:
     def _note(self, what: str) -> None:
         self._scene.note(f"worker {self._number} {what}")
 
-    def _log(self, saw: Saw, step: int, digest: bytes = b"", parameters: bytes = b"") -> None:
+    def _log_answer(self, result: pb.StepResult, digest: bytes, parameters: Tensors) -> None:
+        (used,) = result.rates
+        self._log(Saw.ANSWERED, result.step, digest, hash_of(parameters), used.lr)
+
+    def _log(
+        self,
+        saw: Saw,
+        step: int,
+        digest: bytes = b"",
+        parameters: bytes = b"",
+        rate: float | None = None,
+    ) -> None:
         self._note(f"{saw} {step} {digest.hex()} {parameters.hex()}")
         self._scene.log.append(
-            Entry(worker=self._number, saw=saw, step=step, digest=digest, parameters=parameters)
+            Entry(
+                worker=self._number,
+                saw=saw,
+                step=step,
+                digest=digest,
+                parameters=parameters,
+                rate=rate,
+            )
         )

@@ -8,23 +8,23 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 from unittest.mock import patch
 
-from faults.machines.history import Entry, Saw, Tensors, Verdict, judge
+from faults.machines.history import Entry, Saw, Verdict, judge
+from faults.machines.simulation.caller import Caller
 from faults.machines.simulation.clockwork import Clockwork
+from faults.machines.simulation.fork import Fork
 from faults.machines.simulation.host import Host
-from faults.machines.simulation.line import LostError
+from faults.machines.simulation.operator import EPOCH_SHARE, Operator
 from faults.machines.simulation.scene import Promise, Scene
-from faults.machines.simulation.steps import gathered, named
 from faults.machines.simulation.worker import Worker
 from messages import messages_of
 from refusals import RefusedError
-from scenarios.models import spec
+from scenarios.models import EPOCHS_UNIT, spec
 
 from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.scheduler_pb2 import ExponentialLR
 
-_LATER_S = 0.3
 _END_S = 3_600.0  # Of simulated time: whoever is not done by then waits for ever.
 
 
@@ -76,6 +76,8 @@ class _World:
         self._random = scene.random("world")
         self.host = Host(scene)
         self.verdict = Verdict()
+        self._caller = Caller(scene, self._random)
+        self._operator = Operator(scene)
 
     async def run(self) -> None:
         """Train a session to its end, and look at what has come of it."""
@@ -85,14 +87,24 @@ class _World:
         async with asyncio.TaskGroup() as group:
             for number in range(scene.training.workers):
                 group.create_task(Worker(scene, number).train())
-        steps, parameters = await self._download()
+            if scene.setting.operates:
+                group.create_task(self._operator.work())
+        steps, parameters = await self._caller.download(scene.session_id)
         if scene.training.rollback_max:  # It may have gone back once more: now they know.
             scene.log += [
                 Entry(worker=number, saw=Saw.TOLD, step=steps)
                 for number in range(scene.training.workers)
             ]
-        self.verdict = judge(scene.log, scene.training, steps, parameters)
-        await self._delete()
+        changes = self._operator.changes
+        self.verdict = judge(scene.log, scene.training, steps, parameters, changes)
+        if scene.setting.operates:
+            await self._operator.look()
+        await self._delete(scene.session_id)
+        if self.verdict.course and self._operator.checkpoint:
+            fork = Fork(scene, self._operator.checkpoint)
+            await fork.train(self.verdict.course, changes)
+            await self._delete(fork.session_id)
+        await self._look_for_leaks()
         running.cancel()
 
     async def _create(self) -> None:
@@ -103,77 +115,38 @@ class _World:
                 scene.setting.optimizer,
                 parameters=scene.training.initial,
                 workers=scene.training.workers,
+                scheduler=ExponentialLR(gamma=EPOCH_SHARE),
+                unit=EPOCHS_UNIT,
             ),
             values=messages_of(scene.training.initial),
             request_id="the one",
         )
         request.spec.durability.CopyFrom(scene.setting.durability)
         request.spec.limits.round_timeout_s = scene.setting.round_timeout_s
-        response = await self._reliably("CreateSession", request)
+        response = await self._caller.reliably("CreateSession", request)
         scene.session_id = response.session.status.session_id
-        again = await self._reliably("CreateSession", request)
-        listed = await self._reliably("ListSessions", pb.ListSessionsRequest())
+        again = await self._caller.reliably("CreateSession", request)
+        listed = await self._caller.reliably("ListSessions", pb.ListSessionsRequest())
         assert again.session.status.session_id == scene.session_id, "a second session"
         assert [each.session_id for each in listed.sessions] == [scene.session_id]
 
-    async def _download(self) -> tuple[int, Tensors]:
-        """Return where the session stands, and its parameters."""
-        request = pb.DownloadParametersRequest(session_id=self._scene.session_id)
-        while True:
-            line = self._scene.call("DownloadParameters", self._random)
-            line.send(request)
-            try:
-                begin = (await line.receive()).begin
-                chunks = []
-                while (message := await line.receive()) is not None:
-                    chunks += message
-            except LostError:
-                continue
-            except RefusedError as error:
-                await self._bear(error)
-                continue
-            finally:
-                line.break_now()
-            return begin.steps, named(self._scene.training.initial, gathered(chunks))
-
-    async def _delete(self) -> None:
-        """Delete the session; nothing may be left of it."""
-        request = pb.DeleteSessionRequest(session_id=self._scene.session_id)
+    async def _delete(self, session_id: str) -> None:
+        """Delete a session."""
+        request = pb.DeleteSessionRequest(session_id=session_id)
         try:
-            await self._reliably("DeleteSession", request)
+            await self._caller.reliably("DeleteSession", request)
         except RefusedError as error:
             if error.reason != "SESSION_NOT_FOUND":  # Then an answer was lost before.
                 raise
+
+    async def _look_for_leaks(self) -> None:
+        """Make sure that nothing is left of sessions that are gone."""
         # Some calls have not noticed that nobody is there; a server that has just come will.
         while self._scene.serving:
             await asyncio.wait(self._scene.serving)
         await self.host.up.wait()
         left = self.host.registry.budget.reserved_bytes
         assert left == 0, f"{left} bytes are reserved for nobody"
-
-    async def _reliably(self, method: str, request: Any) -> Any:
-        """Make a call of one message each way, until it is answered."""
-        while True:
-            line = self._scene.call(method, self._random)
-            line.send(request)
-            try:
-                response = await line.receive()
-            except LostError:
-                continue
-            except RefusedError as error:
-                await self._bear(error)
-                continue
-            finally:
-                line.break_now()
-            assert response is not None, f"{method} has not answered"
-            return response
-
-    async def _bear(self, error: RefusedError) -> None:
-        """Come again later, unless the refusal is one that must not be."""
-        if error.reason not in self._scene.tolerated:
-            raise error
-        self._scene.note(f"refused: {error.reason}")
-        await asyncio.sleep(_LATER_S)
 
 
 @contextmanager
