@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from random import Random
+from typing import Protocol
 
 import numpy as np
 import torch
+from faces import Face, connecting
 from faults.machines.history import Entry, Saw, Tensors, Training, hash_of
 from torch import Tensor
 
@@ -93,13 +96,51 @@ class Course:
         }
 
 
-def connected(address: str, config: optserve.ClientConfig) -> optserve.Client:
+class Attendee(Protocol):
+    """One worker's session, of whatever client."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps are known to have been applied."""
+        ...
+
+    @property
+    def parameters(self) -> Mapping[str, Array]:
+        """The newest values."""
+        ...
+
+    def step(self, gradients: Mapping[str, Array], *, step: int) -> Stepped:
+        """Take the step of this number."""
+        ...
+
+    def resume(self) -> object:
+        """Go on from where the session stands."""
+        ...
+
+
+class Stepped(Protocol):
+    """The answer to a step."""
+
+    @property
+    def step(self) -> int:
+        """Its number."""
+        ...
+
+
+@contextmanager
+def connected(
+    address: str, config: optserve.ClientConfig, face: Face = "blocking"
+) -> Iterator[optserve.Client]:
     """Connect, as often as it takes: that there is a server at all is for the caller to believe."""
-    while True:
-        try:
-            return optserve.connect(address, config=config, progress=False)
-        except optserve.UnavailableError:
-            continue
+    with ExitStack() as stack:
+        connect = stack.enter_context(connecting(face, config))
+        while True:
+            try:
+                client = connect(address, progress=False)
+            except optserve.UnavailableError:
+                continue
+            yield stack.enter_context(client)
+            return
 
 
 def create(
@@ -115,7 +156,7 @@ def create(
     )
 
 
-def attend(session: optserve.Session, course: Course, worker: int, log: list[Entry]) -> None:
+def attend(session: Attendee, course: Course, worker: int, log: list[Entry]) -> None:
     """Take the course's steps as one of its workers, and write down what it saw."""
     step = session.steps + 1
     while step <= course.steps:

@@ -13,6 +13,7 @@ from functools import partial
 from random import Random
 from threading import Event
 
+from faces import Face
 from faults.machines.courses import MIDDLE, SMALL, Course, attend, connected, create, tensors_of
 from faults.machines.frame import Effort, Report
 from faults.machines.history import Entry, Saw, Verdict, judge
@@ -39,6 +40,7 @@ _REACHED_MAX = 40  # At which time a failpoint kills, at most.
 _CONFIG = optserve.ClientConfig(
     lane="grpc", retry=optserve.Retry(backoff_s=0.02, backoff_max_s=0.2, give_up_after_s=300)
 )
+_FACES: Sequence[Face] = ("blocking", "asyncio")
 _JOURNAL = optserve.Durability(mode="JOURNAL", snapshot_steps=20)
 _FSYNC = optserve.Durability(mode="JOURNAL", snapshot_steps=20, fsync=True)
 _SNAPSHOT = optserve.Durability(mode="SNAPSHOT", snapshot_steps=_ROLLBACK_STEPS)
@@ -157,7 +159,7 @@ def _train(
 ) -> list[Verdict]:
     """Train one session after the other; return what their histories prove."""
     verdicts = []
-    with connected(address, _CONFIG) as client:
+    with connected(address, _CONFIG, Random(name).choice(_FACES)) as client:
         for number in itertools.count():
             random = Random(f"{name} {number}")
             workers = 1 if durability is _SNAPSHOT else random.choice([1, 2])
@@ -183,7 +185,8 @@ def _take(
     with ExitStack() as stack, ThreadPoolExecutor(course.workers) as pool:
         sessions = [first]
         for worker in range(1, course.workers):
-            other = stack.enter_context(connected(address, _CONFIG))
+            face = Random(course.name).choice(_FACES)
+            other = stack.enter_context(connected(address, _CONFIG, face))
             sessions.append(other.join_session(first.session_id, worker=worker, via=course.via))
         for attending in [
             pool.submit(attend, session, course, worker, log)

@@ -7,6 +7,7 @@ from faults.machines.cutting import cut
 from faults.machines.decoding import decode
 from faults.machines.frame import Machine
 from faults.machines.killing import kill
+from faults.machines.modelling import compare
 from faults.machines.overload import overload
 from faults.machines.simulating import run_seeds
 
@@ -30,6 +31,15 @@ MACHINES = (
         run=call,
     ),
     Machine(
+        name="model",
+        summary="every rpc in any order, by two tenants, beside a model that does the same",
+        unit="examples",
+        whole_count=600,
+        whole_s=240,
+        test_count=40,
+        run=compare,
+    ),
+    Machine(
         name="simulation",
         summary="clients, connections, threads, disks and crashes of chance, in one thread",
         unit="seeds",
@@ -43,7 +53,7 @@ MACHINES = (
         summary="connections that are cut, stalled or half-closed at any byte, under real clients",
         unit="connections",
         whole_count=1_000,
-        whole_s=120,
+        whole_s=240,
         test_count=12,
         run=cut,
     ),
