@@ -94,11 +94,16 @@ class _Local:
         return gradient
 
 
-def overload(effort: Effort) -> Report:
-    """Let ``effort.count`` clients ask at once for ten times the memory."""
+def overload(effort: Effort, given_bytes: int = MEMORY_BYTES_MAX) -> Report:
+    """Let ``effort.count`` clients ask at once for ten times the memory.
+
+    Args:
+        effort: How many clients.
+        given_bytes: What the server may have. More than it is held to: to see that it is noticed.
+    """
     tally, done = _Tally(), threading.Event()
     elements = ASKED_TIMES * MEMORY_BYTES_MAX // effort.count // RESERVED_TIMES // 4
-    with _server() as server, ThreadPoolExecutor(effort.count + 1) as pool:
+    with _server(given_bytes) as server, ThreadPoolExecutor(effort.count + 1) as pool:
         victim = pool.submit(_train_all_along, server, tally, done)
         clients = [
             pool.submit(_ask, server, effort.seed + number, elements, tally, effort)
@@ -145,9 +150,9 @@ def _memory_limit(*, streams: int, connections: int) -> int:
 
 
 @contextmanager
-def _server() -> Iterator[ServerProcess]:
+def _server(memory_bytes_max: int) -> Iterator[ServerProcess]:
     flags = {
-        "--memory-bytes-max": MEMORY_BYTES_MAX,
+        "--memory-bytes-max": memory_bytes_max,
         "--message-bytes-max": MESSAGE_BYTES_MAX,
         "--calls-max": CALLS_MAX,
         "--threads": 2,
