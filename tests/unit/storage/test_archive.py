@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import errno
 import stat
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from faults.disks import CrashError, MemoryDisk
-from fsspec import register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
+from unit.storage.archives import KEY, Store, came_back, trained
 from unit.storage.sessions import (
     ORIGIN,
     SESSION,
@@ -27,19 +25,15 @@ from unit.storage.sessions import (
     stored,
 )
 
-from optserve_server.core.storage import CheckpointKey
 from optserve_server.storage.archive import (
     ArchiveError,
     ForeignArchiveError,
     Mirror,
-    Shipping,
     restore_if_empty,
 )
 from optserve_server.storage.disk import LocalDisk
 from optserve_server.storage.local import LocalStorage
 from optserve_server.storage.remote import RemoteStore
-
-KEY = CheckpointKey(tenant="ours", session_id=SESSION, name="best")
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -49,54 +43,6 @@ def archive(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RemoteSt
         {"memory": "memory://archive/optserve", "file": f"file://{tmp_path}/a"}[request.param]
     )
     MemoryFileSystem.store.clear()
-
-
-class Store:
-    """Names with bytes behind them, which may fail."""
-
-    def __init__(self) -> None:
-        self.objects: dict[str, bytes] = {}
-        self.writes_left = 1 << 30
-
-    def sizes(self) -> Mapping[str, int]:
-        """See ObjectStore."""
-        return {name: len(data) for name, data in self.objects.items()}
-
-    def read(self, name: str) -> Iterator[bytes]:
-        """See ObjectStore."""
-        yield self.objects[name]
-
-    def write(self, name: str, pieces: Iterator[bytes]) -> None:
-        """See ObjectStore."""
-        self.writes_left -= 1
-        if self.writes_left < 0:
-            raise ArchiveError("connection reset by peer")
-        self.objects[name] = b"".join(pieces)
-
-    def remove(self, name: str) -> None:
-        """See ObjectStore."""
-        del self.objects[name]
-
-
-def came_back(archive: Store) -> MemoryDisk:
-    """Return what comes of an archive; of a copy, for an archive is its data directory's alone."""
-    copy, disk = Store(), MemoryDisk()
-    copy.objects = dict(archive.objects)
-    restore_if_empty(copy, disk)
-    return disk
-
-
-def trained(disk: MemoryDisk) -> None:
-    """Leave two sessions, of 12 records with a snapshot after 5, and a checkpoint."""
-    storage = stored(disk, segment_bytes_max=2500)
-    for session_id in (SESSION, "07e5"):
-        store = begun(storage, session_id)
-        append(store, 5)
-        store.save_snapshot(snapshot_of(5))
-        append(store, 7)
-        store.close()
-    storage.save_checkpoint(KEY, {"steps": 3}, snapshot_of(3))
-    storage.close()
 
 
 def test_data_directory_comes_back_from_an_object_store(archive: RemoteStore) -> None:
@@ -345,67 +291,3 @@ def test_restore_that_was_interrupted_begins_anew() -> None:
         copy.lose_power()
         restore_if_empty(archive, copy)
         assert restored(copy)[0] == 5
-
-
-def test_shipping_goes_on_after_trouble_and_ends_with_everything_there(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    disk, archive = MemoryDisk(), Store()
-    trained(disk)
-    archive.writes_left = 3
-    shipping = Shipping(Mirror(disk, archive), interval_s=3600.0)
-    while "behind" not in caplog.text:
-        time.sleep(0.01)
-    archive.writes_left = 1 << 30
-    shipping.close()
-    assert "the archive is behind: connection reset by peer" in caplog.text
-    copy = MemoryDisk()
-    restore_if_empty(archive, copy)
-    assert restored(copy)[0] == 5
-
-
-class MoodyStore(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types.
-    """A store whose library raises what it likes, as those of the clouds do."""
-
-    protocol = "moody"
-    answers = False
-
-    def _open(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 fsspec's own.
-        if not self.answers:
-            raise RuntimeError("unable to locate credentials")
-        return super()._open(*arguments, **options)
-
-
-def test_shipping_goes_on_after_errors_of_any_class(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    register_implementation("moody", MoodyStore, clobber=True)
-    disk, archive = MemoryDisk(), RemoteStore("moody://archive")
-    trained(disk)
-    shipping = Shipping(Mirror(disk, archive), interval_s=0.01)
-    deadline_s = time.monotonic() + 10
-    while caplog.text.count("behind") < 2 and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    monkeypatch.setattr(MoodyStore, "answers", True)
-    while len(archive.sizes()) < 10 and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert len(archive.sizes()) >= 10  # In the same thread, and not at the end.
-    shipping.close()
-    MemoryFileSystem.store.clear()
-    assert "archive/version.json: RuntimeError: unable to locate credentials" in caplog.text
-
-
-@pytest.mark.parametrize("url", ["nowhere://bucket", "lakefs://bucket/prefix"])
-def test_archive_that_nothing_can_open_says_why(url: str) -> None:
-    with pytest.raises(ArchiveError, match=f"^{url}: "):
-        RemoteStore(url)
-
-
-def test_shipping_into_the_archive_of_another_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    archive = Store()
-    ours, theirs = MemoryDisk(), MemoryDisk()
-    trained(ours)
-    Mirror(ours, archive).ship()
-    stored(theirs).close()
-    Shipping(Mirror(theirs, archive), interval_s=3600.0).close()
-    assert "nothing is archived: the archive is of another data directory" in caplog.text
