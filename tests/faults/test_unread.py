@@ -117,9 +117,12 @@ def _carry(address: str, told: Connection[str, str]) -> None:
     told.send("connected")
     told.recv()
     for channel in channels:
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+            SERVICE + "GetCatalogue"
+        )
         for _ in range(MESSAGES):
             with pytest.raises(grpc.RpcError):  # It is no message of anything.
-                channel.unary_unary(SERVICE + "GetCatalogue")(b"\xff" * MESSAGE_BYTES)
+                call(b"\xff" * MESSAGE_BYTES)
     told.send("carried")
     told.recv()
 
