@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import resource
 import signal
 import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -61,6 +62,7 @@ async def serve(config: Config) -> None:
     """
     # torch's advice to whoever chose the reduction, who is a client and not in front of our log.
     warnings.filterwarnings("ignore", message="reduction: 'mean' divides", category=UserWarning)
+    _take_descriptors()
     credentials, access = _credentials(config), _access(config)
     device = Device(config.device)
     keep_freed_memory()
@@ -89,6 +91,17 @@ async def serve(config: Config) -> None:
         finally:
             await server.stop(0)
             endpoint.stop()
+
+
+def _take_descriptors() -> None:
+    """Take as many file descriptors as the system lets us: a connection needs one, and a journal.
+
+    By default many systems give each process 1,024 of them, for the sake of select(), which nothing
+    here calls, and hundreds of times as many to those that ask.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # Where that is more than the system has.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _credentials(config: Config) -> Credentials | None:
