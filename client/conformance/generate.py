@@ -17,15 +17,16 @@ from pathlib import Path
 import torch
 from author import Scenario
 from author_catalogue import CATALOGUE
+from author_checkpoints import CHECKPOINTS
 from author_cuts import CUTS
 from author_refusals import REFUSALS
 from author_sessions import SESSIONS
 from author_tensors import TENSORS
 from author_wire import WIRE
-from reference import ANSWERS, Session
+from reference_sessions import Reference
 from tensors import Json
 
-SCENARIOS = (*CATALOGUE, *SESSIONS, *TENSORS, *WIRE, *CUTS, *REFUSALS)
+SCENARIOS = (*CATALOGUE, *SESSIONS, *CHECKPOINTS, *TENSORS, *WIRE, *CUTS, *REFUSALS)
 FOLDER = Path(__file__).parent / "scenarios"
 _LINE_CHARS_MAX = 110
 
@@ -56,30 +57,17 @@ def main() -> int:
 
 def completed(scenario: Scenario) -> Json:
     """Add to every act what must come, unless its author says it."""
-    sessions: dict[str, Session] = {}
+    reference = Reference(effective=scenario.effective)
     acts = []
     for act in scenario.acts:
         if "expect" not in act and "refused" not in act:
-            answer = copy.deepcopy(answer_of(act, sessions, effective=scenario.effective))
+            answer = copy.deepcopy(reference.answer(act))
             if scenario.cuts:
                 answer.pop("replayed", None)
             act = act | {"expect": answer}  # noqa: PLW2901 - the same act, completed.
         acts.append(act)
     cuts = {"cuts": scenario.cuts} if scenario.cuts else {}
     return {"name": scenario.name, "about": scenario.about, **cuts, "acts": acts}
-
-
-def answer_of(act: Json, sessions: dict[str, Session], *, effective: bool) -> Json:
-    """Play an act in the reference sessions, and return what it answers."""
-    kind = act["act"]
-    if kind == "list_sessions":
-        return {"sessions": [session.status for session in sessions.values()]}
-    if kind == "create_session":
-        sessions[act["session"]] = Session(act["spec"], effective=effective)
-    answer = ANSWERS[kind](sessions[act["session"]], act)
-    if kind == "delete_session":
-        del sessions[act["session"]]
-    return answer
 
 
 def written(value: object, indent: int = 0) -> str:

@@ -135,10 +135,6 @@ class Session:
             }
         return spec
 
-    def where(self, _: Json) -> Json:
-        """Say where the session stands."""
-        return self.status
-
     def join(self, act: Json) -> Json:
         """Open a worker's stream."""
         self._wire.open(act.get("worker", 0))
@@ -240,6 +236,19 @@ class Session:
                 forgotten += over
         return {"points": sorted(kept, key=lambda point: point["sequence"]), "forgotten": forgotten}
 
+    def kept(self) -> Json:
+        """Return what a checkpoint's file has of the session."""
+        tensors = {f"parameters/{name}": value for name, value in self._parameters.items()}
+        numbers: Json = {}
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimizer.state[parameter].items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{name}/{key}"] = value
+                elif value is not None:
+                    numbers.setdefault(name, {})[key] = value
+        written = [to_json(tensors[name], name) for name in sorted(tensors)]
+        return {"tensors": written, "rates": self._rates(), "numbers": numbers}
+
     def update(self, act: Json) -> Json:
         """Change what the scenarios change in a running session; a schedule is not among it."""
         change = act["update"]
@@ -309,10 +318,8 @@ class Session:
 
 
 ANSWERS: Mapping[str, Callable[[Session, Json], Json]] = {
-    "create_session": Session.describe,
     "get_session": Session.describe,
     "update_session": Session.update,
-    "delete_session": Session.where,
     "upload_parameters": Session.upload,
     "download_parameters": Session.download,
     "join": Session.join,

@@ -79,7 +79,7 @@ def server() -> Iterator[str]:
             [
                 *(sys.executable, "-m", "optserve_server", "--device", "cpu"),
                 *("--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"),
-                *("--ready-file", str(ready)),
+                *("--ready-file", str(ready), "--data-dir", str(Path(folder) / "data")),
             ],
             # Wider vector units round sums differently; the scenarios are computed with none.
             env=os.environ | {"ATEN_CPU_CAPABILITY": "default"},

@@ -14,9 +14,11 @@ CLIENTS = Path(__file__).parents[2] / "client"
 
 
 @pytest.fixture(scope="session")
-def exam_address() -> Iterator[str]:
-    """Start a server that rounds sums as the scenarios do: without wide vector units."""
-    with running_server(environment={"ATEN_CPU_CAPABILITY": "default"}) as server:
+def exam_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start a server that rounds sums as the scenarios do, and has a place for checkpoints."""
+    flags = ["--data-dir", str(tmp_path_factory.mktemp("exam"))]
+    # Wider vector units round sums differently; the scenarios are computed with none.
+    with running_server(*flags, environment={"ATEN_CPU_CAPABILITY": "default"}) as server:
         yield server.address
 
 

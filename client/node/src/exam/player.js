@@ -1,6 +1,10 @@
 /** Plays the acts of one scenario through the client's public API. */
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 
+import { checkpointFile } from './checkpoint-file.js';
 import { compare, compareRefusal } from './compare.js';
 import {
   downloadDocument,
@@ -25,6 +29,8 @@ export class Player {
   workers = new Map();
   /** @type {Set<string>} Ids of every session that was made. */
   made = new Set();
+  /** @type {{sessionId: string, name: string}[]} Every checkpoint that was saved. */
+  saved = [];
 
   /** @param {import('../index.js').Client} client */
   constructor(client) {
@@ -49,6 +55,8 @@ export class Player {
   /** Leave nothing on the server. */
   async end() {
     for (const session of this.sessions.values()) await session.delete().catch(() => {}); // An act may have done it.
+    for (const { sessionId, name } of this.saved)
+      await this.client.deleteCheckpoint(sessionId, name).catch(() => {});
   }
 
   /** @param {string} label @returns {Session} */
@@ -235,5 +243,57 @@ const ACTS = {
     };
     keys.done();
     return toScenario(await session.lossPoints(options));
+  },
+
+  async save_checkpoint(player, keys) {
+    const [session, name] = [player.session(keys.take('session')), keys.take('name')];
+    keys.done();
+    const checkpoint = await session.saveCheckpoint(name);
+    player.saved.push({ sessionId: session.id, name });
+    return toScenario(checkpoint);
+  },
+
+  async list_checkpoints(player, keys) {
+    const label = keys.take('session', undefined);
+    const options = {
+      sessionId: label === undefined ? undefined : player.session(label).id,
+      pageSize: keys.take('page_size', undefined),
+    };
+    keys.done();
+    const checkpoints = [];
+    for await (const checkpoint of player.client.checkpoints(options)) {
+      if (player.made.has(checkpoint.sessionId)) checkpoints.push(toScenario(checkpoint));
+    }
+    return { checkpoints };
+  },
+
+  async restore_checkpoint(player, keys) {
+    const [session, name] = [player.session(keys.take('session')), keys.take('name')];
+    const restored = keys.take('restored');
+    const displayName = keys.take('display_name', undefined);
+    keys.done();
+    const made = await player.client.restoreCheckpoint(session.id, name, { displayName });
+    player.sessions.set(restored, made);
+    player.made.add(made.id);
+    return sessionDocument(made);
+  },
+
+  async download_checkpoint(player, keys) {
+    const [session, name] = [player.session(keys.take('session')), keys.take('name')];
+    keys.done();
+    const folder = await mkdtemp(join(tmpdir(), 'optserve-'));
+    try {
+      const path = join(folder, 'checkpoint.safetensors');
+      const checkpoint = await player.client.downloadCheckpoint(session.id, name, path);
+      return { checkpoint: toScenario(checkpoint), ...(await checkpointFile(path)) };
+    } finally {
+      await rm(folder, { recursive: true });
+    }
+  },
+
+  async delete_checkpoint(player, keys) {
+    const [session, name] = [player.session(keys.take('session')), keys.take('name')];
+    keys.done();
+    return toScenario(await player.client.deleteCheckpoint(session.id, name));
   },
 };

@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
 import optserve_client as optserve
 from optserve_client.conform import documents
+from optserve_client.conform.checkpoint_file import checkpoint_document
 from optserve_client.conform.documents import Document, MisspeltError
 
 _ARRIVAL_GAP_S = 0.05  # Between two contributions of a round, so that they arrive in their order.
@@ -22,12 +25,13 @@ class ProblemError(Exception):
 
 
 class Player:
-    """One scenario. Leaving its block closes the streams and deletes the sessions."""
+    """One scenario. Leaving its block closes the streams, and deletes sessions and checkpoints."""
 
     def __init__(self, client: optserve.Client) -> None:
         self._client = client
         self._sessions: dict[str, optserve.Session] = {}
         self._seats: dict[tuple[str, int], optserve.Session] = {}
+        self._saved: set[tuple[str, str]] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -43,6 +47,9 @@ class Player:
         for session in self._sessions.values():
             with suppress(optserve.SessionNotFoundError):
                 session.delete()
+        for session_id, name in self._saved:
+            with suppress(optserve.CheckpointNotFoundError):
+                self._client.delete_checkpoint(session_id, name)
 
     def play(self, act: Document) -> None:
         """Play one act.
@@ -80,6 +87,11 @@ class Player:
             "end_epoch": self._end_epoch,
             "evaluate_loss": self._evaluate_loss,
             "list_loss_points": self._list_loss_points,
+            "save_checkpoint": self._save_checkpoint,
+            "list_checkpoints": self._list_checkpoints,
+            "restore_checkpoint": self._restore_checkpoint,
+            "download_checkpoint": self._download_checkpoint,
+            "delete_checkpoint": self._delete_checkpoint,
         }
 
     def _server_info(self) -> Document:
@@ -220,6 +232,38 @@ class Player:
                 for point in history
             ],
         }
+
+    def _save_checkpoint(self, *, session: str, name: str) -> Document:
+        saved = self._sessions[session].save_checkpoint(name)
+        self._saved.add((saved.session_id, name))
+        return documents.document(saved)
+
+    def _list_checkpoints(self, *, session: str | None = None, page_size: int = 0) -> Document:
+        wanted = None if session is None else self._sessions[session].session_id
+        found = self._client.checkpoints(wanted, page_size=page_size)
+        mine = {session_id for session_id, _ in self._saved}
+        return {
+            "checkpoints": [documents.document(each) for each in found if each.session_id in mine]
+        }
+
+    def _restore_checkpoint(
+        self, *, session: str, name: str, restored: str, display_name: str | None = None
+    ) -> Document:
+        made = self._client.restore_checkpoint(
+            self._sessions[session].session_id, name, display_name=display_name
+        )
+        self._sessions[restored] = made
+        return documents.document(self._client.get_session(made.session_id))
+
+    def _download_checkpoint(self, *, session: str, name: str) -> Document:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "checkpoint.safetensors"
+            saved = self._client.download_checkpoint(self._sessions[session].session_id, name, path)
+            return {"checkpoint": documents.document(saved), **checkpoint_document(path)}
+
+    def _delete_checkpoint(self, *, session: str, name: str) -> Document:
+        session_id = self._sessions[session].session_id
+        return documents.document(self._client.delete_checkpoint(session_id, name))
 
     def _new_seat(self, session: str, worker: int) -> optserve.Session:
         session_id = self._sessions[session].session_id
