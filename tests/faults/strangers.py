@@ -8,6 +8,7 @@ import hmac
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,10 @@ from drivers import take
 from drivers_core import registry_on
 from drivers_grpc import StubDriver
 from event_loop import EventLoopThread
-from faults.ground import Ground, rich_spec
+from faults.checkpointing import Checkpoints
+from faults.disks import MemoryDisk
+from faults.durable import HERE
+from faults.ground import Ground, Scene, rich_spec
 from google.protobuf.descriptor import Descriptor, MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
@@ -31,16 +35,19 @@ from scenarios.models import gradients, model
 
 from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 from optserve_server.core.limits import Limits
+from optserve_server.core.persistence import Persistence
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.rpc.access import Access
 from optserve_server.rpc.issued import FileKeys, IssuedTokens
 from optserve_server.rpc.server import Server
 from optserve_server.rpc.tls import server_credentials
 from optserve_server.rpc.tokens import Tokens
+from optserve_server.storage.local import LocalStorage
 
 OWNER, NEIGHBOUR = "alice", "bob"
 OWNER_TOKEN, NEIGHBOUR_TOKEN = "alices-token", "bobs-token"
 ISSUER, AUDIENCE = "https://issuer.example", "optserve.example"
+CHECKPOINT = "best"
 TIMEOUT_S = 10.0
 LEEWAY_S = 5
 
@@ -118,7 +125,7 @@ def _base64(data: bytes) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClosedGround:
-    """A server that asks who calls, and a session of the owner's that has stepped."""
+    """A server that asks who calls, and a session of the owner's that has stepped and was saved."""
 
     where: Ground
     """As its owner has it."""
@@ -131,6 +138,15 @@ class ClosedGround:
     def channel(self, *, token: str | None = None, client: Identity | None = None) -> grpc.Channel:
         """Come with something to show, or nothing."""
         return tls_channel(self.address, self.authority.root, client=client, token=token)
+
+    def look(self) -> tuple[Scene, dict[str, bytes]]:
+        """Look at everything that the owner has, its checkpoints with it."""
+        checkpoints = Checkpoints(self.where.driver)
+        saved = {
+            f"{each.session_id}/{each.name}": checkpoints.download(each.session_id, each.name)[1]
+            for each in checkpoints.page().checkpoints
+        }
+        return self.where.look(), saved
 
     def neighbour(self) -> grpc.Channel:
         """Come as another tenant."""
@@ -150,7 +166,11 @@ def closed_ground(folder: Path, *, certificates: bool = False) -> Iterator[Close
         files.certificate, files.key, client_ca if certificates else None
     )
     access = Access(certificates=True) if certificates else _token_access(folder, provider)
-    with EventLoopThread() as loop, registry_on(loop, Limits()) as registry:
+    with (
+        EventLoopThread() as loop,
+        _disk() as persistence,
+        registry_on(loop, Limits(), persistence=persistence) as registry,
+    ):
         server = loop.call(lambda: Server(registry, access))
         address = loop.run(server.start("127.0.0.1", 0, credentials))
         own = (
@@ -167,6 +187,15 @@ def closed_ground(folder: Path, *, certificates: bool = False) -> Iterator[Close
                 certificates=certificates,
             )
         loop.run(server.stop(0))
+        loop.run(registry.settle())
+
+
+@contextmanager
+def _disk() -> Iterator[Persistence]:
+    with ThreadPoolExecutor(2) as executor:
+        storage = LocalStorage(MemoryDisk(), HERE)
+        yield Persistence(storage=storage, executor=executor, origin=HERE, replay_foreign=False)
+        storage.close()
 
 
 def _token_access(folder: Path, provider: Provider) -> Access:
@@ -187,6 +216,7 @@ def _stepped(channel: grpc.Channel, registry: SessionRegistry) -> Ground:
     session_id = driver.create(rich_spec(), model()).status.session_id
     with driver.worker(session_id) as worker:
         take(worker, 1, gradients(1))
+    Checkpoints(driver).save(session_id, CHECKPOINT)
     return Ground(driver=driver, channel=channel, registry=registry, session_id=session_id)
 
 
@@ -199,7 +229,7 @@ class ChannelDriver(StubDriver):
 
 
 def request_for(message: Descriptor, session_id: str) -> Message:
-    """Return the shortest request that names a session, if it has a place for one."""
+    """Return the shortest request that names a session and a checkpoint, as far as it can."""
     request = GetMessageClass(message)()
     events = [
         getattr(request, field.name)
@@ -209,12 +239,9 @@ def request_for(message: Descriptor, session_id: str) -> Message:
     for part in (request, *events):
         if "session_id" in part.DESCRIPTOR.fields_by_name:
             part.session_id = session_id
+        if "name" in part.DESCRIPTOR.fields_by_name:
+            part.name = CHECKPOINT
     return request
-
-
-def names_session(message: Descriptor) -> bool:
-    """Return whether a request names a session."""
-    return b"some-session" in request_for(message, "some-session").SerializeToString()
 
 
 def reason_of(

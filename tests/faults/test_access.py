@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import grpc
 import pytest
 from certificates import Authority
-from faults.ground import OF_CHECKPOINTS, rich_spec
+from faults.checkpointing import Checkpoints
+from faults.ground import rich_spec
 from faults.strangers import (
+    CHECKPOINT,
     NEIGHBOUR,
     OWNER,
     OWNER_TOKEN,
@@ -20,7 +23,6 @@ from faults.strangers import (
     ClosedGround,
     call,
     closed_ground,
-    names_session,
     reason_of,
     request_for,
 )
@@ -28,6 +30,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from refusals import RefusedError, refused
+from scenarios.models import model
 
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
@@ -53,12 +56,35 @@ GUARDED = [
     for method in service.methods
     if (path := f"{name}/{method.name}") not in OPEN
 ]
-OF_SESSIONS = {
-    method.name: method
-    for method in SERVICE.methods
-    if names_session(method.input_type) and method.name not in OF_CHECKPOINTS
+FOREIGN = {
+    **dict.fromkeys(
+        (
+            *("GetSession", "UpdateSession", "DeleteSession", "UploadParameters"),
+            *("DownloadParameters", "Train", "Step", "GetContribution", "EndEpoch"),
+            *("EvaluateLoss", "EvaluateLossStream", "ListLossPoints", "SaveCheckpoint"),
+        ),
+        "SESSION_NOT_FOUND",
+    ),
+    "ListCheckpoints": "OK",  # There is none: says a test.
+    **dict.fromkeys(
+        ("RestoreCheckpoint", "DownloadCheckpoint", "DeleteCheckpoint"), "CHECKPOINT_NOT_FOUND"
+    ),
 }
-OF_NO_SESSION = {"CreateSession", "ListSessions", "GetCatalogue", "GetServerInfo"}
+"""What is answered to who names what another tenant has, by method: a new one needs a row."""
+
+OF_NOBODY = {"CreateSession", "ListSessions", "GetCatalogue", "GetServerInfo"}
+"""Methods that name nothing that somebody has."""
+
+NAMES: Mapping[str, Callable[[str], str]] = {
+    "unknown": lambda _: secrets.token_hex(16),
+    "empty": lambda _: "",
+    "in-capitals": str.upper,
+    "cut-off": lambda session_id: session_id[:-1],
+    "with-more": lambda session_id: session_id + "0",
+    "with-a-path": lambda session_id: f"../sessions/{session_id}",
+    "of-another-script": lambda _: "\N{ARABIC-INDIC DIGIT ONE}" * 16,
+}
+"""Ids that are no session's, by what they are made of."""
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +111,7 @@ def test_the_walk_leaves_out_nothing_that_is_served(closed: ClosedGround) -> Non
     answer = call(closed.where.channel, method, request)
     assert isinstance(answer, reflection_pb2.ServerReflectionResponse)
     assert {each.name for each in answer.list_services_response.service} == set(SERVICES)
-    walked = {method.name for method in SERVICE.methods} - OF_NO_SESSION - OF_CHECKPOINTS
-    assert walked == set(OF_SESSIONS)
+    assert {method.name for method in SERVICE.methods} == FOREIGN.keys() | OF_NOBODY
 
 
 @pytest.mark.parametrize(("service", "method"), GUARDED)
@@ -103,7 +128,7 @@ def test_who_does_not_show_a_token_that_is_accepted_gets_nothing(
         **{name: (("authorization", f"Bearer {token}"),) for name, token in bad.items()},
     }
     request = request_for(method.input_type, by_token.where.session_id)
-    before, messages = by_token.where.look(), {}
+    before, messages = by_token.look(), {}
     with by_token.channel() as channel:
         for name, metadata in headers.items():
             with pytest.raises(RefusedError) as caught:
@@ -114,7 +139,7 @@ def test_who_does_not_show_a_token_that_is_accepted_gets_nothing(
             assert by_token.where.session_id not in str(error)
             messages[name] = error.message
     assert len({messages[name] for name in bad}) == 1  # It does not say what is wrong with it.
-    assert by_token.where.look() == before
+    assert by_token.look() == before
 
 
 @pytest.mark.parametrize(("service", "method"), GUARDED)
@@ -122,43 +147,69 @@ def test_who_shows_no_certificate_or_another_authority_s_is_not_connected(
     service: str, method: MethodDescriptor, by_certificate: ClosedGround
 ) -> None:
     request = request_for(method.input_type, by_certificate.where.session_id)
-    before = by_certificate.where.look()
+    before = by_certificate.look()
     for certificate in (None, Authority().client(common_name=OWNER)):
         channel = by_certificate.channel(client=certificate)
         with channel, pytest.raises(RefusedError) as caught:
             call(channel, method, request, service=service)
         assert caught.value.code is grpc.StatusCode.UNAVAILABLE
-    assert by_certificate.where.look() == before
+    assert by_certificate.look() == before
 
 
-@pytest.mark.parametrize("method", OF_SESSIONS.values(), ids=OF_SESSIONS)
-def test_another_tenant_s_session_is_answered_as_one_that_is_not_there(
-    method: MethodDescriptor, closed: ClosedGround
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_another_tenant_has_is_answered_as_what_is_not_there(
+    name: str, closed: ClosedGround
 ) -> None:
-    before = closed.where.look()
+    session_id = closed.where.session_id
+    before = closed.look()
     with closed.neighbour() as channel:
-        foreign = _refusal(channel, method, closed.where.session_id)
-        unknown = _refusal(channel, method, secrets.token_hex(16))
-    assert foreign.reason == "SESSION_NOT_FOUND"
-    assert foreign.code is grpc.StatusCode.NOT_FOUND
-    assert _without_id(foreign) == _without_id(unknown)
-    assert closed.where.look() == before
+        foreign = _answer(channel, name, session_id)
+        forged = {kind: _answer(channel, name, forge(session_id)) for kind, forge in NAMES.items()}
+    reason, *rest = foreign
+    assert reason == FOREIGN[name]
+    assert forged.pop("unknown") == foreign  # To the last byte of the trailers.
+    del forged["empty"]  # Which names nothing: of one method it asks for all.
+    assert {kind: each[0] for kind, each in forged.items()} == dict.fromkeys(forged, reason), rest
+    assert closed.look() == before
 
 
-@pytest.mark.parametrize("method", OF_SESSIONS.values(), ids=OF_SESSIONS)
-def test_what_strangers_are_refused_reaches_the_session_of_its_owner(
-    method: MethodDescriptor, closed: ClosedGround
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_strangers_are_refused_reaches_what_its_owner_has(
+    name: str, closed: ClosedGround
 ) -> None:
     """Or what another tenant is answered would prove nothing."""
     driver = closed.where.driver
-    session_id = driver.create(rich_spec()).status.session_id
-    reason = reason_of(closed.where.channel, method, request_for(method.input_type, session_id))
-    assert reason not in ("", "SESSION_NOT_FOUND", "UNAUTHENTICATED", "INTERNAL")
-    if method.name == "DeleteSession":
-        with refused("SESSION_NOT_FOUND"):
-            driver.get(session_id)
-    else:
-        driver.delete(session_id)
+    checkpoints = Checkpoints(driver)
+    session_id = driver.create(rich_spec(), model()).status.session_id
+    if name != "SaveCheckpoint":
+        checkpoints.save(session_id, CHECKPOINT)
+    with closed.neighbour() as channel:
+        foreign = _answer(channel, name, session_id)
+    own = _answer(closed.where.channel, name, session_id)
+    assert own != foreign
+    assert own[0] not in ("", FOREIGN["GetSession"], FOREIGN["DeleteCheckpoint"])
+    assert own[0] not in ("UNAUTHENTICATED", "INTERNAL")
+    left = {each.session_id for each in driver.sessions().sessions} - {closed.where.session_id}
+    assert (session_id in left) == (name != "DeleteSession")
+    assert checkpoints.names(session_id) == [CHECKPOINT] * (name != "DeleteCheckpoint")
+    for each in left:
+        driver.delete(each)
+    for saved in checkpoints.page(session_id).checkpoints:
+        checkpoints.delete(session_id, saved.name)
+
+
+def test_a_tenant_lists_its_own_checkpoints_alone(closed: ClosedGround) -> None:
+    _, before = closed.look()
+    with closed.neighbour() as channel:
+        checkpoints, neighbour = Checkpoints(ChannelDriver(channel)), ChannelDriver(channel)
+        for session_id in ("", closed.where.session_id):
+            assert checkpoints.page(session_id) == pb.ListCheckpointsResponse()
+        own = neighbour.create(rich_spec(), model()).status.session_id
+        checkpoints.save(own, CHECKPOINT)
+        assert [each.session_id for each in checkpoints.page().checkpoints] == [own]
+        assert closed.look()[1] == before
+        checkpoints.delete(own, CHECKPOINT)
+        neighbour.delete(own)
 
 
 def test_a_tenant_lists_its_own_sessions_alone(closed: ClosedGround) -> None:
@@ -282,13 +333,19 @@ def test_a_probe_shows_a_certificate_where_every_client_must(
     assert probe.main([*trusting, *showing, "--tls-name", "localhost"]) == 0
 
 
-def _refusal(channel: grpc.Channel, method: MethodDescriptor, session_id: str) -> RefusedError:
-    with pytest.raises(RefusedError) as caught:
-        call(channel, method, request_for(method.input_type, session_id))
-    assert caught.value.actual == session_id
-    return caught.value
-
-
-def _without_id(error: RefusedError) -> dict[str, object]:
-    """Return all that a refusal says, but for the id that was asked for."""
-    return {**vars(error), "actual": "", "args": error.args, "text": str(error)}
+def _answer(channel: grpc.Channel, name: str, session_id: str) -> tuple[object, ...]:
+    """Return all that a caller is told, but for the id that was asked for."""
+    method = SERVICE.methods_by_name[name]
+    try:
+        answer = call(channel, method, request_for(method.input_type, session_id))
+    except RefusedError as error:
+        ended = cast("grpc.Call", error.__cause__)
+        told = [
+            (key, value if isinstance(value, bytes) else value.encode())
+            for key, value in ended.trailing_metadata() or ()
+        ]
+        asked = session_id.encode()
+        trailers = [(key, value.replace(asked, b"ID") if asked else value) for key, value in told]
+        text = (ended.details() or "").replace(session_id, "ID")
+        return error.reason, ended.code(), text, sorted(trailers)
+    return "OK", answer

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import jwt
+from jwt.utils import base64url_decode
 
 from optserve_server.core.errors import UnauthenticatedError
 from optserve_server.core.tenant import is_tenant
@@ -33,6 +34,7 @@ ALGORITHMS = (
 _LIFESPAN_S = 300.0  # So long a key that the issuer has taken back is still trusted.
 _COOLDOWN_S = 10.0  # Or whoever invents names of keys has us ask the issuer all the time.
 _TIMEOUT_S = 5.0
+_HEADER_PARTS_MAX = 32  # Objects and lists; PyJWT goes as deep as a stranger likes.
 
 
 class Keys(Protocol):
@@ -63,6 +65,7 @@ class IssuedTokens:
             UnauthenticatedError: It is nobody's. What it is raised from says why, for the log.
         """
         try:
+            _check_shallow(token)
             key = await self.keys.find(jwt.get_unverified_header(token).get("kid"))
             if key is None:
                 raise jwt.InvalidKeyError("the issuer has no such key")
@@ -89,6 +92,20 @@ class IssuedTokens:
             return f"the token has expired at {datetime.fromtimestamp(expires_s, UTC).isoformat()}"
 
         return Caller(tenant=tenant, ended=ended)
+
+
+def _check_shallow(token: str) -> None:
+    """Make sure that a token's header, which nobody has signed, can be parsed on any stack.
+
+    Raises:
+        jwt.DecodeError: It cannot.
+    """
+    try:
+        header = base64url_decode(token.partition(".")[0])
+    except ValueError as error:
+        raise jwt.DecodeError("the header is not base64") from error
+    if header.count(b"[") + header.count(b"{") > _HEADER_PARTS_MAX:
+        raise jwt.DecodeError("the header has too many parts")
 
 
 class FileKeys:
