@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import grpc
 import torch
@@ -29,7 +29,6 @@ from torch import Tensor
 from optserve.allocator import KEPT_BYTES
 from optserve.limits import MESSAGE_HEADROOM_BYTES
 from optserve.v1.optimizer_pb2 import SGD, Optimizer
-from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 from optserve.v1.session_pb2 import SessionSpec
 from optserve.v1.tensor_pb2 import DataType, TensorHeader
 from optserve_server.core.limits import WINDOW_BYTES
@@ -60,16 +59,6 @@ class _Tally:
     def failed(self, what: str) -> None:
         with self.lock:
             self.failures.append(what)
-
-
-class _Client(StubDriver):
-    """A client with a connection of its own."""
-
-    def __enter__(self) -> Self:
-        options = [("grpc.use_local_subchannel_pool", 1)]
-        channel = self._stack.enter_context(grpc.insecure_channel(self._address, options=options))
-        self.stub = OptimizerServiceStub(channel)
-        return self
 
 
 class _Local:
@@ -166,7 +155,7 @@ def _ask(server: ServerProcess, seed: int, elements: int, tally: _Tally, effort:
     """Be one client: ask until let in or out of patience, then train, compare and leave."""
     local, choices = _Local(seed, elements), random.Random(seed)
     try:
-        with _Client(server.address) as client:
+        with StubDriver(server.address) as client:
             session_id = _create(client, local, choices, tally)
             if session_id:
                 _train(client, session_id, local, choices, tally)
@@ -235,7 +224,7 @@ def _compare(came: Tensor, local: _Local, where: str, tally: _Tally) -> None:
 def _train_all_along(server: ServerProcess, tally: _Tally, done: threading.Event) -> float:
     """Train beside all of it; return how long the slowest step took."""
     slowest_s, step, local = 0.0, 0, _Local(0, 1_000)
-    with _Client(server.address) as client:
+    with StubDriver(server.address) as client:
         session_id = client.create(_spec(local), local.values).status.session_id
         with client.worker(session_id) as worker:
             while not done.is_set():
