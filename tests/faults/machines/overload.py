@@ -31,7 +31,6 @@ from optserve.limits import MESSAGE_HEADROOM_BYTES
 from optserve.v1.optimizer_pb2 import SGD, Optimizer
 from optserve.v1.session_pb2 import SessionSpec
 from optserve.v1.tensor_pb2 import DataType, TensorHeader
-from optserve_server.core.limits import WINDOW_BYTES
 
 _T = TypeVar("_T")
 
@@ -39,6 +38,7 @@ KIB, MIB = 1 << 10, 1 << 20
 MEMORY_BYTES_MAX = 128 * MIB
 CALLS_MAX = 16
 MESSAGE_BYTES_MAX = 2 * MIB
+WINDOW_BYTES = 256 * KIB
 ASKED_TIMES = 10  # Of what there is.
 RESERVED_TIMES = 7  # A session of SGD with momentum reserves, of its parameters.
 STEPS = 4
@@ -134,7 +134,7 @@ def _memory_limit(*, streams: int, connections: int) -> int:
     """
     process, kept = 256 * MIB, KEPT_BYTES
     under_way = 2 * MESSAGE_BYTES_MAX * (CALLS_MAX + streams)
-    unread = (2 * WINDOW_BYTES + 320 * KIB) * connections
+    unread = (2 * WINDOW_BYTES + MIB + 64 * KIB) * connections
     return MEMORY_BYTES_MAX + process + kept + under_way + unread
 
 
@@ -144,6 +144,7 @@ def _server(memory_bytes_max: int) -> Iterator[ServerProcess]:
         "--memory-bytes-max": memory_bytes_max,
         "--message-bytes-max": MESSAGE_BYTES_MAX,
         "--calls-max": CALLS_MAX,
+        "--window-bytes": WINDOW_BYTES,
         "--threads": 2,
     }
     words = [str(word) for flag in flags.items() for word in flag]
