@@ -46,6 +46,10 @@ class Answer:
                     came += chunk.data
             case "result":
                 self.result = response.result
+            case "packed":
+                self.begins, self.encoding = self.begins + 1, response.packed.encoding
+                self._came = dict(enumerate(map(bytearray, response.packed.parameters)))
+                self.result = response.packed.result
             case "refused":
                 self.refusal = RefusedError.from_message(response.refused.refusal)
             case other:
@@ -60,11 +64,13 @@ class Answer:
 class RawStream:
     """Sends what it is told to, and reads only when it is told to."""
 
-    def __init__(self, driver: StubDriver, session_id: str, client_id: bytes = b"") -> None:
+    def __init__(
+        self, driver: StubDriver, session_id: str, client_id: bytes = b"", worker: int = 0
+    ) -> None:
         self._requests: SimpleQueue[pb.TrainRequest | None] = SimpleQueue()
         self._responses = driver.stub.Train(iter(self._requests.get, None), timeout=TIMEOUT_S)
         self._answer = Answer()
-        self.send(open=opening(session_id, 0, client_id))
+        self.send(open=opening(session_id, worker, client_id))
         with translated():
             self.opened = next(self._responses).opened
         self.status = self.opened.status
@@ -127,9 +133,11 @@ class RawStream:
 
 
 @contextmanager
-def raw_stream(driver: StubDriver, session_id: str, client_id: bytes = b"") -> Iterator[RawStream]:
+def raw_stream(
+    driver: StubDriver, session_id: str, client_id: bytes = b"", worker: int = 0
+) -> Iterator[RawStream]:
     """Open a stream for a block; whatever goes on is broken off at its end."""
-    stream = RawStream(driver, session_id, client_id)
+    stream = RawStream(driver, session_id, client_id, worker)
     try:
         yield stream
     finally:
@@ -137,13 +145,13 @@ def raw_stream(driver: StubDriver, session_id: str, client_id: bytes = b"") -> I
 
 
 @contextmanager
-def reopened_stream(driver: StubDriver, session_id: str) -> Iterator[RawStream]:
+def reopened_stream(driver: StubDriver, session_id: str, worker: int = 0) -> Iterator[RawStream]:
     """Open a stream once the server has seen that the last one is gone."""
     deadline = time.monotonic() + TIMEOUT_S / 2
     with ExitStack() as stack:
         while True:
             try:
-                stream = stack.enter_context(raw_stream(driver, session_id))
+                stream = stack.enter_context(raw_stream(driver, session_id, worker=worker))
                 break
             except RefusedError as error:
                 if error.reason != "WORKER_BUSY" or time.monotonic() > deadline:

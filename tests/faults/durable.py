@@ -29,6 +29,7 @@ from optserve_server.core.persistence import Persistence
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.storage import Origin
 from optserve_server.core.surroundings import Surroundings
+from optserve_server.rpc.access import Access
 from optserve_server.rpc.server import Server
 from optserve_server.storage.local import LocalStorage
 
@@ -79,8 +80,12 @@ def durable_server(
     *,
     origin: Origin = HERE,
     replay_foreign: bool = False,
+    access: Access | None = None,
 ) -> Iterator[DurableServer]:
-    """Serve the sessions of a disk; at the end stop as SIGTERM does."""
+    """Serve the sessions of a disk; at the end stop as SIGTERM does.
+
+    Who asks callers for a token (``access``) refuses those of ``DurableServer.driver``.
+    """
     disk = disk or MemoryDisk()
     with EventLoopThread() as loop, ThreadPoolExecutor(4) as executor:
         storage = LocalStorage(disk, origin)
@@ -95,7 +100,7 @@ def durable_server(
         )
         registry = loop.call(lambda: SessionRegistry(limits or Limits(), surroundings))
         loop.run(registry.load())
-        server = loop.call(lambda: Server(registry))
+        server = loop.call(lambda: Server(registry, access))
         address = loop.run(server.start("127.0.0.1", 0))
         with StubDriver(address) as driver:
             yield DurableServer(

@@ -7,6 +7,7 @@ from faults.machines.cutting import cut
 from faults.machines.decoding import decode
 from faults.machines.frame import Machine
 from faults.machines.killing import kill
+from faults.machines.modelling import compare
 from faults.machines.overload import overload
 from faults.machines.simulating import run_seeds
 
@@ -28,6 +29,15 @@ MACHINES = (
         whole_s=200,
         test_count=2_000,
         run=call,
+    ),
+    Machine(
+        name="model",
+        summary="every rpc in any order, by two tenants, beside a model that does the same",
+        unit="examples",
+        whole_count=600,
+        whole_s=240,
+        test_count=20,
+        run=compare,
     ),
     Machine(
         name="simulation",
