@@ -29,7 +29,7 @@ PATIENCE_S = 0.5  # A window that stays shut for so long is shut.
 TIMEOUT_S = 30.0
 SERVICE = "/optserve.v1.OptimizerService/"
 CONNECTIONS, MESSAGES, MESSAGE_BYTES = 16, 4, 3 * MIB
-KEPT_BYTES_MAX = 320 * KIB  # A buffer of 256 KiB, and what is around it. gRPC's own: 1 MiB.
+KEPT_BYTES_MAX = MIB + 64 * KIB  # A buffer, and what is around it. gRPC's own has no bound.
 
 
 @dataclass(slots=True, kw_only=True)

@@ -11,9 +11,9 @@ KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
-WINDOW_BYTES = 256 * KIB
-"""How much of a call may come that nobody has asked for yet, by default. No limit to be refused by:
-HTTP/2 has a client wait."""
+WINDOW_BYTES = MIB
+"""How much of a call may come that nobody has asked for yet, by default: a chunk, while the one
+before it is taken. No limit to be refused by: HTTP/2 has a client wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

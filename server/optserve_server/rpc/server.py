@@ -32,8 +32,8 @@ _CONNECTION_IDLE_MS = 10 * 60_000
 # Health, reflection and calls that are being refused come beside those that the limits count.
 _CALLS_BESIDE = 1_000
 # What a connection keeps to read into, also when nothing comes; by itself up to twice what came at
-# once, a mebibyte or two. It grows by slices of 64 KiB.
-_READ_BUFFER_BYTES = 256 << 10
+# once, which nothing bounds. A chunk is read at once.
+_READ_BUFFER_BYTES = 1 << 20
 # Bit of grpc's "identity" algorithm: tensors do not compress, and bombs do.
 _NO_COMPRESSION = 1 << 0
 _KEEPALIVE_MS = 60_000
