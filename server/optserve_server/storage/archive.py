@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from xxhash import xxh3_128_digest
+
 from optserve_server.core.storage import StorageError
 from optserve_server.storage.disk import Disk, File, read_file, remove_tree, translated
 from optserve_server.storage.document import decode_document
@@ -86,7 +88,8 @@ class Mirror:
         """Send from ``disk``, which a server may be using, to ``archive``."""
         self._disk = disk
         self._archive = archive
-        self._known: dict[str, bytes] = {}  # Small files, as they are in the archive.
+        # Of small files, as they are in the archive. A long history makes megabytes of a manifest.
+        self._known: dict[str, bytes] = {}
         self._sizes: dict[str, int] = {}
         self._sent_bytes = 0
 
@@ -191,12 +194,12 @@ class Mirror:
 
     def _has_small(self, name: str, content: bytes) -> bool:
         if name not in self._known and self._sizes.get(name) == len(content):
-            self._known[name] = b"".join(self._archive.read(name))
-        return self._known.get(name) == content
+            self._known[name] = xxh3_128_digest(b"".join(self._archive.read(name)))
+        return self._known.get(name) == xxh3_128_digest(content)
 
     def _send_small(self, name: str, content: bytes) -> None:
         self._archive.write(name, iter([content]))
-        self._known[name] = content
+        self._known[name] = xxh3_128_digest(content)
         self._sent_bytes += len(content)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import stat
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -220,6 +221,25 @@ def test_archive_of_another_data_directory_is_left_alone() -> None:
         Mirror(ours, other).ship()
     with pytest.raises(ForeignArchiveError):
         restore_if_empty(other, MemoryDisk())
+
+
+def test_memory_of_an_archive_does_not_grow_with_what_is_in_it(tmp_path: Path) -> None:
+    disk = LocalDisk(tmp_path / "data")
+    storage = LocalStorage(disk, ORIGIN)
+    history = list(range(100_000))  # Some megabyte of JSON.
+    for session_id in ("11", "12", "13"):
+        storage.create(session_id, {"history": history}, snapshot_of(0)).close()
+    place = RemoteStore(f"file://{tmp_path}/archive")
+    mirrors = [Mirror(disk, place), Mirror(disk, place)]
+    tracemalloc.start()
+    try:
+        for mirror in mirrors:  # One that has sent it, and one that finds it there.
+            mirror.ship()
+        held_bytes, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held_bytes < 1 << 20 < most_bytes
+    storage.close()
 
 
 def test_archive_that_was_restored_is_no_longer_that_of_the_directory_it_is_from() -> None:
