@@ -10,6 +10,7 @@ import socket
 import ssl
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
 from socketserver import BaseRequestHandler
 from threading import Thread
@@ -26,6 +27,7 @@ METRICS_PATH = "/metrics"
 
 READ_TIMEOUT_S = 5.0  # A scraper sends its request at once; whoever is silent for longer is none.
 CONNECTIONS_MAX = 16  # Each is a thread. A few scrapers and a person with a browser.
+_STOP_POLL_S = 0.1  # Every end waits for it; socketserver has half a second.
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +61,8 @@ class MetricsEndpoint:
             handler_class=_Handler,
         )
         self._server.tls = tls
-        self._thread = Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        serve = partial(self._server.serve_forever, poll_interval=_STOP_POLL_S)
+        self._thread = Thread(target=serve, name="metrics", daemon=True)
         self._thread.start()
 
     @property
