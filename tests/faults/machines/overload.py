@@ -90,10 +90,11 @@ def overload(effort: Effort, given_bytes: int = MEMORY_BYTES_MAX) -> Report:
         effort: How many clients.
         given_bytes: What the server may have. More than it is held to: to see that it is noticed.
     """
-    tally, done = _Tally(), threading.Event()
+    tally, begun, done = _Tally(), threading.Event(), threading.Event()
     elements = ASKED_TIMES * MEMORY_BYTES_MAX // effort.count // RESERVED_TIMES // 4
     with _server(given_bytes) as server, ThreadPoolExecutor(effort.count + 1) as pool:
-        victim = pool.submit(_train_all_along, server, tally, done)
+        victim = pool.submit(_train_all_along, server, tally, begun, done)
+        assert begun.wait(TIMEOUT_S)
         clients = [
             pool.submit(_ask, server, effort.seed + number, elements, tally, effort)
             for number in range(effort.count)
@@ -222,12 +223,15 @@ def _compare(came: Tensor, local: _Local, where: str, tally: _Tally) -> None:
         )
 
 
-def _train_all_along(server: ServerProcess, tally: _Tally, done: threading.Event) -> float:
+def _train_all_along(
+    server: ServerProcess, tally: _Tally, begun: threading.Event, done: threading.Event
+) -> float:
     """Train beside all of it; return how long the slowest step took."""
     slowest_s, step, local = 0.0, 0, _Local(0, 1_000)
     with StubDriver(server.address) as client:
         session_id = client.create(_spec(local), local.values).status.session_id
         with client.worker(session_id) as worker:
+            begun.set()
             while not done.is_set():
                 step, gradient = step + 1, local.step()
                 started_s = time.monotonic()
