@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
+import pytest
 from faults.machines.frame import Effort, Report
 from faults.machines.modelled.checkpoints import Checkpointing
 from faults.machines.modelled.ends import Ends
@@ -89,7 +90,7 @@ def compare(effort: Effort) -> Report:
                 suppress_health_check=list(HealthCheck),
             ),
         )
-    except Exception as error:  # noqa: BLE001 - Whatever it is, it is what was looked for.
+    except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 - What was looked for.
         failures.append(f'{_told(error)}\n  again: make soak ARGS="{again}"')
     never = CALLED_BY.keys() - Seeded.calls.keys()
     if never and not failures and effort.count >= _ALL_FROM:
@@ -101,6 +102,6 @@ def compare(effort: Effort) -> Report:
     )
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """Return what went wrong, and the rules that lead there, without the ways of hypothesis."""
     return "".join(traceback.format_exception(error, limit=-_FRAMES_SHOWN))
