@@ -76,16 +76,6 @@ def transfer_bytes(specs: Sequence[TensorSpec]) -> int:
     return sum(spec.byte_count + TENSOR_OVERHEAD_BYTES for spec in specs)
 
 
-def _loss_bytes(spec: SessionSpec) -> int:
-    """Return how much memory the weights of a loss take: in the spec, and on the device."""
-    values = spec.loss.arguments.values() if spec.loss else ()
-    return 2 * sum(value.nbytes for value in values if isinstance(value, Tensor))
-
-
-def _temporary_bytes(
-    group: GroupSpec, parameters: Sequence[TensorSpec], device: torch.device
-) -> int:
-    """Return how much memory a step of a group takes for a while."""
 def walked_bytes(spec: TensorSpec) -> int:
     """Return how many bytes torch walks along a tensor, and allocates beside it.
 
@@ -101,6 +91,16 @@ def evaluation_bytes(predictions: TensorSpec, targets: TensorSpec) -> int:
     return _EVALUATION_COPIES * count + _CLASSES_OF_ROW_BYTES * rows
 
 
+def _loss_bytes(spec: SessionSpec) -> int:
+    """Return how much memory the weights of a loss take: in the spec, and on the device."""
+    values = spec.loss.arguments.values() if spec.loss else ()
+    return 2 * sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def _temporary_bytes(
+    group: GroupSpec, parameters: Sequence[TensorSpec], device: torch.device
+) -> int:
+    """Return how much memory a step of a group takes for a while."""
     norms = [each.element_count for each in parameters if each.dtype.itemsize < _NORM_ITEM_BYTES]
     norm_bytes = max(norms, default=0) * _NORM_ITEM_BYTES
     if group.hyperparameters.get("fused"):
