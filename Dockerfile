@@ -10,6 +10,9 @@
 # For CUDA, torch comes from another index:
 #   docker build -t optserve:cuda --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130 .
 #   docker run --rm --gpus all ... optserve:cuda
+#
+# For --archive-url, the library of the object store is named; without one there is file:// alone:
+#   docker build -t optserve --build-arg STORE_LIBRARY=s3fs .
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
@@ -23,6 +26,10 @@ COPY requirements-server.txt .
 RUN grep '^torch==' requirements-server.txt > requirements-torch.txt \
     && pip install --no-deps --index-url "${TORCH_INDEX_URL}" -r requirements-torch.txt \
     && pip install -r requirements-server.txt
+
+# Constrained: a library of another fsspec than the server's would not find its place in it.
+ARG STORE_LIBRARY=
+RUN [ -z "${STORE_LIBRARY}" ] || pip install --constraint requirements-server.txt "${STORE_LIBRARY}"
 
 COPY protos protos
 COPY server server
