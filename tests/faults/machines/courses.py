@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -131,13 +132,20 @@ class Stepped(Protocol):
 def connected(
     address: str, config: optserve.ClientConfig, face: Face = "blocking"
 ) -> Iterator[optserve.Client]:
-    """Connect, as often as it takes: that there is a server at all is for the caller to believe."""
+    """Connect, as often as it takes while a client would bear with its server.
+
+    A client itself does not: that there is a server at all is for the caller to believe.
+    """
+    deadline_s = time.monotonic() + config.retry.give_up_after_s
     with ExitStack() as stack:
         connect = stack.enter_context(connecting(face, config))
         while True:
             try:
                 client = connect(address, progress=False)
             except optserve.UnavailableError:
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(config.retry.backoff_s)
                 continue
             yield stack.enter_context(client)
             return
