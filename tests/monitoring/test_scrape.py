@@ -4,111 +4,26 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from monitoring.prometheus import SCRAPE_TIMEOUT_S, Prometheus, scraping
 from monitoring.promql import metric_names
-from monitoring.scraping import DEPLOY, until
+from monitoring.scraping import DEPLOY, ROOT, until
 from monitoring.training import STEPS, connected, delete, train
-from ports import kept_port
 from server_process import ServerProcess
-
-STOP_TIMEOUT_S = 30.0
-SCRAPE_TIMEOUT_S = 30.0  # Scrapes come five times a second; a busy machine may keep them waiting.
-
-CONFIGURATION = """
-global: {{scrape_interval: 200ms, scrape_timeout: 200ms, evaluation_interval: 200ms}}
-rule_files: ["{rules}"]
-scrape_configs:
-  - job_name: optserve
-    static_configs: [{{targets: ["{target}"]}}]
-"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prometheus:
-    """A Prometheus process, asked over its HTTP API."""
-
-    url: str
-
-    def ask(self, path: str, **parameters: str) -> Any:  # noqa: ANN401 - It is JSON.
-        """Return the ``data`` of an answer of the API."""
-        query = urllib.parse.urlencode(parameters)
-        try:
-            with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=10) as answer:
-                return json.load(answer)["data"]
-        except urllib.error.HTTPError as error:
-            with error:
-                raise AssertionError(f"{parameters}: {error.read().decode()}") from error
-
-    def query(self, query: str) -> list[tuple[dict[str, str], float]]:
-        """Return labels and value of each series that ``query`` finds now."""
-        result = self.ask("query", query=query)["result"]
-        return [(series["metric"], float(series["value"][1])) for series in result]
-
-    def value(self, query: str) -> float | None:
-        """Return the value of the only series that ``query`` finds now; None if there is none."""
-        found = self.query(query)
-        assert len(found) <= 1, found
-        return found[0][1] if found else None
-
-    def is_ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/-/ready", timeout=10) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with kept_port() as port:
-        yield f"127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
 def prometheus(
-    prometheus_program: str,
-    address: str,
-    server: ServerProcess,
-    tmp_path_factory: pytest.TempPathFactory,
+    prometheus_program: str, server: ServerProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
     folder = tmp_path_factory.mktemp("prometheus")
-    (folder / "prometheus.yml").write_text(
-        CONFIGURATION.format(
-            target=server.metrics_address, rules=DEPLOY / "prometheus" / "alerts.yml"
-        )
-    )
-    log = folder / "log"
-    with log.open("wb") as log_file:
-        process = subprocess.Popen(
-            [
-                prometheus_program,
-                f"--config.file={folder / 'prometheus.yml'}",
-                f"--storage.tsdb.path={folder / 'data'}",
-                f"--web.listen-address={address}",
-            ],
-            stdout=log_file,
-            stderr=log_file,
-        )
-    prometheus = Prometheus(url=f"http://{address}")
-    try:
-        until(prometheus.is_ready, SCRAPE_TIMEOUT_S, "Prometheus is ready")
+    with scraping(prometheus_program, folder, server.metrics_address) as prometheus:
         # A rate needs to have seen the counters before they move.
         until(lambda: prometheus.value("up") == 1, SCRAPE_TIMEOUT_S, "a first scrape")
         yield prometheus
-    except AssertionError as error:
-        error.add_note(log.read_text())
-        raise
-    finally:
-        process.terminate()
-        process.wait(STOP_TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +161,22 @@ def test_every_panel_of_the_dashboard_shows_something(
         query = query.replace(variable, value)
     assert "$" not in query.replace('"$1"', "")
     until(lambda: prometheus.query(query) != [], SCRAPE_TIMEOUT_S, title)
+
+
+def documented_queries() -> list[str]:
+    """Return every query of the documentation: one a line."""
+    text = (ROOT / "server" / "docs" / "operations.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```promql\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("query", documented_queries())
+def test_every_query_of_the_documentation_shows_something(
+    prometheus: Prometheus, session_id: str, query: str
+) -> None:
+    assert session_id
+    assert metric_names(query) <= set(prometheus.ask("label/__name__/values"))
+    until(lambda: prometheus.query(query) != [], SCRAPE_TIMEOUT_S, query)
 
 
 def test_the_variables_of_the_dashboard_ask_for_metrics_that_exist(

@@ -143,6 +143,9 @@ class Observer(Protocol):
     def sessions_parked(self, count: int) -> None:
         """So many sessions lie on disk only."""
 
+    def session_restored(self, seconds: float) -> None:
+        """A session came back from disk, which took so long."""
+
     def phase_ended(self, phase: Phase, seconds: float) -> None:
         """A phase of a step took so long."""
 
@@ -205,6 +208,9 @@ class NullObserver:
         """Ignore it."""
 
     def sessions_parked(self, count: int) -> None:
+        """Ignore it."""
+
+    def session_restored(self, seconds: float) -> None:
         """Ignore it."""
 
     def phase_ended(self, phase: Phase, seconds: float) -> None:

@@ -121,13 +121,15 @@ class Shelf:
                 " changed"
             ) from error
         actor = SessionActor(recovered.session, parked.opened, reserved_bytes, self._surroundings)
+        elapsed_s = self._surroundings.monotonic() - started_s
+        self._surroundings.observer.session_restored(elapsed_s)
         _LOGGER.info(
             "session restored",
             extra={
                 "session": parked.session_id,
                 "steps": recovered.session.steps,
                 "replayed": recovered.session.steps - recovered.saved_steps,
-                "seconds": round(self._surroundings.monotonic() - started_s, 3),
+                "seconds": round(elapsed_s, 3),
             },
         )
         actor.created_s = parked.standing().created_s

@@ -11,7 +11,7 @@ from optserve_server.core.events import SnapshotSaved
 # From a disk that has a cache of its own to one that is overloaded.
 _SYNC_BUCKETS_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0)
 # From a small model to one that fills a GPU.
-_SNAPSHOT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0)
+_STATE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0)
 
 
 class DurabilityMetrics:
@@ -30,7 +30,7 @@ class DurabilityMetrics:
         self._snapshot_seconds = Histogram(
             "optserve_snapshot_duration_seconds",
             "Time that a snapshot took, in the background.",
-            buckets=_SNAPSHOT_BUCKETS_S,
+            buckets=_STATE_BUCKETS_S,
             registry=registry,
         )
         self._snapshot_time = gauge(
@@ -42,6 +42,12 @@ class DurabilityMetrics:
             "Snapshots that could not be saved, and are tried again.",
         )
         self._parked = gauge("optserve_sessions_parked", "Sessions that lie on disk only.")
+        self._restore_seconds = Histogram(
+            "optserve_restore_duration_seconds",
+            "Time that a session took to come back from disk.",
+            buckets=_STATE_BUCKETS_S,
+            registry=registry,
+        )
 
     def journal_written(self, byte_count: int) -> None:
         """Count them."""
@@ -63,3 +69,7 @@ class DurabilityMetrics:
     def sessions_parked(self, count: int) -> None:
         """Show how many there are."""
         self._parked.set(count)
+
+    def session_restored(self, seconds: float) -> None:
+        """Observe it."""
+        self._restore_seconds.observe(seconds)
