@@ -25,7 +25,7 @@ from optserve_server.core.durability import Archive
 from optserve_server.core.errors import RoundTimeoutError
 from optserve_server.core.limits import Limits
 from optserve_server.core.outcome import StepOutcome
-from optserve_server.core.registry import SessionRegistry
+from optserve_server.core.quotas import Quotas
 from optserve_server.core.round import Contribution, Round
 from optserve_server.core.rounds import Rounds
 from optserve_server.core.seats import Seats
@@ -135,8 +135,8 @@ def _make_a_session_for_each_request() -> AbstractContextManager[object]:
 
 
 def _keep_the_memory() -> AbstractContextManager[object]:
-    """Do not give back what was reserved for a session."""
-    return patch.object(SessionRegistry, "_release", lambda _self, _tenant, _count: None)
+    """Do not give back what was reserved."""
+    return patch.object(Quotas, "release", lambda _self, _tenant, _count: None)
 
 
 def _skip_the_fsync() -> AbstractContextManager[object]:
