@@ -23,7 +23,8 @@ from refusals import refused
 from scenarios.models import B_GROUP, gradients, model, spec
 
 from optserve.v1.checkpoint_pb2 import Checkpoint
-from optserve.v1.optimizer_pb2 import SGD, Adam
+from optserve.v1.optimizer_pb2 import SGD, Adam, Optimizer
+from optserve.v1.optimizer_service_pb2 import UpdateSessionRequest
 from optserve.v1.session_pb2 import Durability, SessionSpec, SessionState
 from optserve_server.core.limits import Limits
 from optserve_server.core.storage import Origin
@@ -111,6 +112,28 @@ def test_saving_after_steps_that_a_crash_has_undone_is_not_taken_for_a_repeat() 
                 worker.start(step, gradients(step + 10)).result()
         with refused("CHECKPOINT_EXISTS", field="name"):
             Checkpoints(server.driver).save(session_id)
+
+
+def test_saving_after_a_change_that_a_crash_has_undone_is_not_taken_for_a_repeat() -> None:
+    with durable_server() as server:
+        session_id = server.driver.create(durable_spec(snapshots(1000)), model()).status.session_id
+        server.driver.update(_rate(session_id, 0.5))
+        Checkpoints(server.driver).save(session_id)
+        disk = server.killed()
+    with durable_server(disk) as server:
+        assert server.driver.get(session_id).status.rates[0].lr == 0.1
+        server.driver.update(_rate(session_id, 0.25))
+        with refused("CHECKPOINT_EXISTS", field="name"):
+            Checkpoints(server.driver).save(session_id)
+        disk = server.disk
+    with durable_server(disk) as server:
+        server.driver.delete(session_id)
+        fork = Checkpoints(server.driver).restore(session_id)
+        assert fork.status.rates[0].lr == 0.5
+
+
+def _rate(session_id: str, lr: float) -> UpdateSessionRequest:
+    return UpdateSessionRequest(session_id=session_id, optimizer=Optimizer(adam=Adam(lr=lr)))
 
 
 def test_a_restoring_that_is_repeated_makes_one_session() -> None:

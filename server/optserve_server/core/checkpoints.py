@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
+import zlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -36,6 +38,7 @@ from optserve_server.core.storage import (
     StorageVersionError,
 )
 from optserve_server.core.surroundings import Surroundings
+from optserve_server.core.tensors import byte_view
 from optserve_server.core.work import to_its_end
 
 _LOGGER = logging.getLogger(__name__)
@@ -176,10 +179,11 @@ class Checkpoints:
         # In this order: whoever waits for a session keeps no other from being saved.
         budget = self._quotas.of(key.tenant)
         async with captured(actor, budget, what="a checkpoint") as state, own.lock:
+            mark = await actor.work.run(lambda: _mark(state))
             if key in own.saved:
-                return _same(own.saved[key][1], state)
+                return _same(own.saved[key][1], mark)
             self._check_count(len(own.saved))
-            facts = _facts(state, self._surroundings.clock())
+            facts = _facts(state, mark, self._surroundings.clock())
             snapshot = to_snapshot(state, actor.about())
             try:
                 stored = await persistence.run(
@@ -259,7 +263,7 @@ def _open(persistence: Persistence, key: CheckpointKey) -> Opened:
         raise _damaged(key, error) from error
 
 
-def _facts(state: SessionState, created_s: float) -> Mapping[str, Json]:
+def _facts(state: SessionState, mark: str, created_s: float) -> Mapping[str, Json]:
     """Return what the catalogue is to say of a checkpoint."""
     return {
         "version": VERSION,
@@ -268,7 +272,7 @@ def _facts(state: SessionState, created_s: float) -> Mapping[str, Json]:
         "optimizer": state.spec.optimizer.kind,
         "parameter_count": sum(each.element_count for each in state.spec.parameters),
         "created_s": created_s,
-        "mark": _mark(state),
+        "mark": mark,
     }
 
 
@@ -300,19 +304,22 @@ def _mark(state: SessionState) -> str:
     """Return what tells a state from the others that the session had, or has after a crash.
 
     The number of the last change does, but for changes that a crash has undone, and others that
-    were made in their place: these differ in their gradients.
+    were made in their place: these have left something else. Takes as long as to read it.
     """
-    norm = state.last_outcome.gradient_norm if state.last_outcome else 0.0
-    return f"{state.sequence} {norm.hex()}"
+    snapshot = to_snapshot(state, {})
+    checksum = zlib.crc32(json.dumps(snapshot.facts, sort_keys=True).encode())
+    for _, tensor in sorted(snapshot.tensors.items()):
+        checksum = zlib.crc32(byte_view(tensor), checksum)
+    return f"{state.sequence} {checksum:08x}"
 
 
-def _same(saved: Saved, state: SessionState) -> Saved:
+def _same(saved: Saved, mark: str) -> Saved:
     """Return a checkpoint that is asked for again.
 
     Raises:
         CheckpointExistsError: It is of another state.
     """
-    if saved.mark != _mark(state):
+    if saved.mark != mark:
         raise _exists(saved.name)
     return saved
 
