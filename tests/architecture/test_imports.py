@@ -36,7 +36,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("optserve_server.core.storage", "optserve_server.core.tensors"),
         *("optserve_server.storage", "torch", "xxhash"),
     ),
-    "optserve_server.storage.remote": ("optserve_server.storage", "fsspec"),
+    "optserve_server.storage.remote": (
+        *("optserve_server.core.storage", "optserve_server.storage", "fsspec"),
+    ),
     "optserve_server.telemetry": (
         *("optserve_server.core.events", "optserve_server.telemetry"),
         "prometheus_client",
