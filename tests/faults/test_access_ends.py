@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,9 +24,12 @@ from faults.strangers import (
     closed_ground,
 )
 from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from messages import bytes_of, chunks_of, headers_of
 from refusals import RefusedError, refused, translated
 from scenarios.models import gradients, model, spec
+from server_process import running_server
 from streams import raw_stream, reopened_stream
 
 import optserve_client as optserve
@@ -34,6 +38,7 @@ from optserve.v1.optimizer_pb2 import SGD
 
 BRIEF_S = 3  # Enough to open a stream on a busy machine.
 TIMEOUT_S = 30.0
+LOOK_S = 1.5  # Files are read again a second after they were.
 LARGE_ELEMENTS = 16 << 20  # 64 MiB: more than gRPC takes of an answer that nobody reads.
 
 
@@ -243,17 +248,37 @@ def test_a_token_that_is_taken_back_ends_its_streams_and_no_others(tmp_path: Pat
         path, driver = tmp_path / "tokens.toml", closed.where.driver
         other = driver.create(rich_spec(), model()).status.session_id
         token_file(path, [(OWNER, OWNER_TOKEN), (OWNER, "another")])
-        time.sleep(1.5)  # Files are read again a second after they were.
+        time.sleep(LOOK_S)
         with (
             closed.channel(token="another") as channel,
             raw_stream(ChannelDriver(channel), other) as kept,
             raw_stream(driver, closed.where.session_id) as stream,
         ):
             token_file(path, [(OWNER, "another")])
-            time.sleep(1.5)
+            time.sleep(LOOK_S)
             stream.begin(2)
             with refused("UNAUTHENTICATED") as caught:
                 stream.receive()
             assert "the token was taken back" in caught.value.message
             assert caught.value.retry_after_s == 0
             assert kept.step(1, list(gradients(1).values())).result
+
+
+def test_a_watch_that_its_token_ends_in_is_not_told_what_comes_next(tmp_path: Path) -> None:
+    path = token_file(tmp_path / "tokens.toml", [(OWNER, OWNER_TOKEN)])
+    shown = (("authorization", f"Bearer {OWNER_TOKEN}"),)
+    with (
+        running_server("--tokens", str(path)) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        watch = HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(), metadata=shown, timeout=TIMEOUT_S
+        )
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        token_file(path, [])
+        time.sleep(LOOK_S)
+        server.process.send_signal(signal.SIGTERM)  # Whose watchers are told, in its first moment.
+        with refused("UNAUTHENTICATED") as caught, translated():
+            next(watch)
+        assert "the token was taken back" in caught.value.message
+        assert server.process.wait(TIMEOUT_S) == 0
