@@ -155,6 +155,9 @@ class Config(BaseSettings):
     tenant_bytes_max: ByteSize = ByteSize(_LIMITS.tenant_bytes_max)
     """Memory that a tenant may take, for its sessions and whatever goes on in them; 0 means as much
     as all together."""
+    tenant_disk_bytes_max: ByteSize = ByteSize(_LIMITS.tenant_disk_bytes_max)
+    """How much a tenant may have on disk: snapshots, journals and checkpoints; 0 means as much as
+    there is room."""
     memory_bytes_max: ByteSize = ByteSize(0)
     """Memory that sessions may take together, such as 8GiB; 0 means 80 % of the device's memory."""
     session_bytes_max: ByteSize = ByteSize(0)

@@ -73,7 +73,7 @@ def test_a_full_disk_refuses_to_save_and_saves_once_there_is_room() -> None:
 
 def test_a_session_without_room_for_a_copy_of_it_is_saved_all_the_same() -> None:
     with durable_server() as server:
-        trained(server.driver)
+        trained(server.driver, Durability())
         needed = server.registry.budget.reserved_bytes
     with durable_server(limits=Limits(memory_bytes_max=needed)) as server:
         checkpoints = Checkpoints(server.driver)

@@ -311,6 +311,7 @@ def test_every_limit_is_tested_announced_and_can_be_set() -> None:
         "idle_timeout_s": "test_idle_sessions.py",
         "journal_bytes_max": "test_durability.py",
         "checkpoints_max": "test_bad_checkpoints.py",
+        "tenant_disk_bytes_max": "test_disk_quotas.py",
         "park_timeout_s": "test_parking.py",
     }
     tested = {name.partition(" ")[0] for name in LIMITS} | set(elsewhere)

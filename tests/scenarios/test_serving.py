@@ -113,7 +113,12 @@ def test_the_catalogue_and_the_limits_are_told(server: ServerProcess) -> None:
         for field in info.limits.DESCRIPTOR.fields
         if not getattr(info.limits, field.name)
     ]
-    assert unset == ["request_rate_max", "tenant_sessions_max", "tenant_bytes_max"]
+    assert unset == [
+        "request_rate_max",
+        "tenant_sessions_max",
+        "tenant_bytes_max",
+        "tenant_disk_bytes_max",
+    ]
 
 
 def test_a_server_that_is_told_to_stop_tells_those_who_watch_and_those_who_rest(

@@ -126,8 +126,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     REASON_LIMIT_EXCEEDED: _Reason.ValueType  # 30
     """It is larger than Limits allows."""
     REASON_STORAGE_FULL: _Reason.ValueType  # 38
-    """The server's disk has no room for what would make the change durable. Nothing was changed; the same works once there is
-    room.
+    """The server's disk, or the tenant's part of it, has no room for what would make the change durable. Nothing was changed; the
+    same works once there is room.
     """
     REASON_RATE_EXCEEDED: _Reason.ValueType  # 44
     """The tenant began more calls than Limits.request_rate_max allows; RetryInfo says when the next one may begin."""
@@ -246,8 +246,8 @@ REASON_MEMORY_EXHAUSTED: Reason.ValueType  # 29
 REASON_LIMIT_EXCEEDED: Reason.ValueType  # 30
 """It is larger than Limits allows."""
 REASON_STORAGE_FULL: Reason.ValueType  # 38
-"""The server's disk has no room for what would make the change durable. Nothing was changed; the same works once there is
-room.
+"""The server's disk, or the tenant's part of it, has no room for what would make the change durable. Nothing was changed; the
+same works once there is room.
 """
 REASON_RATE_EXCEEDED: Reason.ValueType  # 44
 """The tenant began more calls than Limits.request_rate_max allows; RetryInfo says when the next one may begin."""

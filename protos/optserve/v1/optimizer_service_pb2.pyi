@@ -2090,6 +2090,7 @@ class Limits(_message.Message):
     REQUEST_ID_BYTES_MAX_FIELD_NUMBER: _builtins.int
     TRANSFER_RATE_MIN_FIELD_NUMBER: _builtins.int
     CHECKPOINTS_MAX_FIELD_NUMBER: _builtins.int
+    TENANT_DISK_BYTES_MAX_FIELD_NUMBER: _builtins.int
     sessions_max: _builtins.int
     """sessions_max is how many sessions there may be."""
     streams_max: _builtins.int
@@ -2142,7 +2143,9 @@ class Limits(_message.Message):
     tenant_sessions_max: _builtins.int
     """tenant_sessions_max is how many sessions a tenant may have. Zero: as many as all together."""
     tenant_bytes_max: _builtins.int
-    """tenant_bytes_max is how much the sessions of a tenant may reserve together. Zero: as much as all together."""
+    """tenant_bytes_max is how much may be reserved for a tenant, for its sessions and whatever goes on in them. Zero: as much as
+    for all together.
+    """
     journal_bytes_max: _builtins.int
     """journal_bytes_max is how large the journal of one session may become before a snapshot is taken that makes up for it."""
     park_timeout_s: _builtins.float
@@ -2159,6 +2162,10 @@ class Limits(_message.Message):
     """
     checkpoints_max: _builtins.int
     """checkpoints_max is how many checkpoints a tenant may have."""
+    tenant_disk_bytes_max: _builtins.int
+    """tenant_disk_bytes_max is how much a tenant may have on disk: snapshots, journals and checkpoints. Zero: as much as there
+    is room.
+    """
     def __init__(
         self,
         *,
@@ -2191,10 +2198,11 @@ class Limits(_message.Message):
         request_id_bytes_max: _builtins.int = ...,
         transfer_rate_min: _builtins.float = ...,
         checkpoints_max: _builtins.int = ...,
+        tenant_disk_bytes_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_max", b"calls_max", "checkpoints_max", b"checkpoints_max", "chunk_bytes_max", b"chunk_bytes_max", "digest_bytes_max", b"digest_bytes_max", "dimensions_max", b"dimensions_max", "elements_max", b"elements_max", "expression_chars_max", b"expression_chars_max", "expression_nodes_max", b"expression_nodes_max", "groups_max", b"groups_max", "idle_timeout_s", b"idle_timeout_s", "journal_bytes_max", b"journal_bytes_max", "loss_bytes_max", b"loss_bytes_max", "loss_points_max", b"loss_points_max", "memory_bytes_max", b"memory_bytes_max", "message_bytes_max", b"message_bytes_max", "name_bytes_max", b"name_bytes_max", "parameters_max", b"parameters_max", "park_timeout_s", b"park_timeout_s", "request_id_bytes_max", b"request_id_bytes_max", "request_rate_max", b"request_rate_max", "round_timeout_s", b"round_timeout_s", "session_bytes_max", b"session_bytes_max", "sessions_max", b"sessions_max", "stall_timeout_s", b"stall_timeout_s", "streams_max", b"streams_max", "tenant_bytes_max", b"tenant_bytes_max", "tenant_sessions_max", b"tenant_sessions_max", "transfer_rate_min", b"transfer_rate_min", "workers_max", b"workers_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_max", b"calls_max", "checkpoints_max", b"checkpoints_max", "chunk_bytes_max", b"chunk_bytes_max", "digest_bytes_max", b"digest_bytes_max", "dimensions_max", b"dimensions_max", "elements_max", b"elements_max", "expression_chars_max", b"expression_chars_max", "expression_nodes_max", b"expression_nodes_max", "groups_max", b"groups_max", "idle_timeout_s", b"idle_timeout_s", "journal_bytes_max", b"journal_bytes_max", "loss_bytes_max", b"loss_bytes_max", "loss_points_max", b"loss_points_max", "memory_bytes_max", b"memory_bytes_max", "message_bytes_max", b"message_bytes_max", "name_bytes_max", b"name_bytes_max", "parameters_max", b"parameters_max", "park_timeout_s", b"park_timeout_s", "request_id_bytes_max", b"request_id_bytes_max", "request_rate_max", b"request_rate_max", "round_timeout_s", b"round_timeout_s", "session_bytes_max", b"session_bytes_max", "sessions_max", b"sessions_max", "stall_timeout_s", b"stall_timeout_s", "streams_max", b"streams_max", "tenant_bytes_max", b"tenant_bytes_max", "tenant_disk_bytes_max", b"tenant_disk_bytes_max", "tenant_sessions_max", b"tenant_sessions_max", "transfer_rate_min", b"transfer_rate_min", "workers_max", b"workers_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

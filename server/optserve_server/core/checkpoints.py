@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from optserve_server.core.actor import SessionActor
 from optserve_server.core.capture import captured
+from optserve_server.core.disk_quotas import snapshot_bytes
 from optserve_server.core.durability import exhausted
 from optserve_server.core.errors import (
     CheckpointExistsError,
@@ -34,6 +35,7 @@ from optserve_server.core.storage import (
     DamagedError,
     Json,
     NotStoredError,
+    Snapshot,
     StorageFullError,
     StorageVersionError,
 )
@@ -102,6 +104,13 @@ class Checkpoints:
         self._limits = limits
         self._tenants: dict[str, _Tenant] = {}
         self._numbers = itertools.count(1)
+
+    async def load(self) -> None:
+        """Count what tenants have on disk, if that is bounded."""
+        if self._surroundings.persistence and self._limits.tenant_disk_bytes_max:
+            storage = self._surroundings.persistence.storage
+            for each in await self._surroundings.persistence.run(storage.checkpoints):
+                self._quotas.disk.settle(each.key.tenant, each.key, each.bytes_on_disk)
 
     async def save(self, actor: SessionActor, name: str) -> Saved:
         """Save a session as it is between two steps; return what is on stable storage then.
@@ -173,7 +182,6 @@ class Checkpoints:
         return await to_its_end(asyncio.create_task(self._delete(key)))
 
     async def _save(self, actor: SessionActor, name: str) -> Saved:
-        persistence = self._persistence()
         key = CheckpointKey(tenant=actor.opened.tenant, session_id=actor.session_id, name=name)
         own = await self._read(key.tenant)
         # In this order: whoever waits for a session keeps no other from being saved.
@@ -186,16 +194,28 @@ class Checkpoints:
             facts = _facts(state, mark, self._surroundings.clock())
             snapshot = to_snapshot(state, actor.about())
             try:
-                stored = await persistence.run(
-                    lambda: persistence.storage.save_checkpoint(key, facts, snapshot)
-                )
+                saved = _decode(await self._store(key, facts, snapshot))
             except AlreadyStoredError:  # It is there, and cannot be read.
                 raise _exists(name) from None
             except StorageFullError as error:
                 raise exhausted(error) from None
-            saved = _decode(stored)
             own.saved[key] = (next(self._numbers), saved)
         return saved
+
+    async def _store(
+        self, key: CheckpointKey, facts: Mapping[str, Json], snapshot: Snapshot
+    ) -> Checkpoint:
+        """Write a checkpoint, and count it for its tenant."""
+        persistence, disk, count = self._persistence(), self._quotas.disk, 0
+        disk.admit(key.tenant, key, snapshot_bytes(snapshot))
+        try:
+            stored = await persistence.run(
+                lambda: persistence.storage.save_checkpoint(key, facts, snapshot)
+            )
+            count = stored.bytes_on_disk
+        finally:
+            disk.settle(key.tenant, key, count)
+        return stored
 
     async def _delete(self, key: CheckpointKey) -> Saved:
         persistence = self._persistence()
@@ -205,6 +225,7 @@ class Checkpoints:
                 await persistence.run(lambda: persistence.storage.delete_checkpoint(key))
             except NotStoredError:
                 raise _not_found() from None
+            self._quotas.disk.settle(key.tenant, key, 0)
             _, saved = own.saved.pop(key, (0, _unknown(key)))
         return saved
 

@@ -17,6 +17,7 @@ from typing import Protocol
 from optserve_server.core import failpoints
 from optserve_server.core.capture import Captured, captured
 from optserve_server.core.changes import Change, to_record
+from optserve_server.core.disk_quotas import Footprint, OverQuotaError
 from optserve_server.core.errors import (
     OptserveError,
     SessionFailedError,
@@ -40,6 +41,7 @@ from optserve_server.core.work import to_its_end
 
 _LOGGER = logging.getLogger(__name__)
 
+_RECORDS_BETWEEN = 3  # One is written while the snapshot begins, one may wait, one is its end.
 _RETRY_AFTER_S = 5.0  # Room on a disk is made by people.
 
 
@@ -70,6 +72,7 @@ class Archive:
         persistence: Persistence,
         surroundings: Surroundings,
         budget: TenantBudget,
+        footprint: Footprint,
         limits: Limits,
     ) -> None:
         """Keep a session, which is where its store is; nobody else may write to that.
@@ -81,6 +84,7 @@ class Archive:
             persistence: Where the disk's work is done.
             surroundings: Of the session.
             budget: For the copies of the session's state.
+            footprint: For what is written.
             limits: For the size of the journal.
         """
         self.durability = kept.session.spec.durability
@@ -92,12 +96,14 @@ class Archive:
         self._persistence = persistence
         self._surroundings = surroundings
         self._budget = budget
+        self._footprint = footprint
         self._journal_bytes_max = limits.journal_bytes_max
         # Of the last snapshot, and of the one that is being written.
         self._saved = self._begun = _Mark(sequence=store.snapshot_sequence, steps=saved_steps)
         # Of the journal: each is counted by one thread at a time.
         self._recorded_bytes = self._reported_bytes = store.journal_bytes
         self._begun_bytes = self._saved_bytes = 0
+        self._record_bytes = 0  # Of the last record.
         self._syncing: Future[None] | None = None
         self._saving: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -134,12 +140,14 @@ class Archive:
         record = to_record(change, sequence, self._surroundings.clock())
         failpoints.reach("change-unrecorded")
         try:
-            byte_count = self._store.append(record)
+            with self._footprint.recording(record):
+                byte_count = self._store.append(record)
         except StorageFullError as error:
             raise exhausted(error) from None
         except StorageFailedError as error:
             raise self._lost(error) from None
         self._recorded_bytes += byte_count
+        self._record_bytes = byte_count
         failpoints.reach("change-recorded")
         if self.durability.fsync:
             self._syncing = self._store.commit()  # While the change is made.
@@ -170,7 +178,10 @@ class Archive:
         if self._saving or self._resting or self._closed or self._session.failed:
             return
         unsaved_steps = self._session.steps - self._begun.steps
-        full = self._unsaved_bytes >= self._journal_bytes_max
+        # A snapshot makes up for the journal before it only with the next one: room must be left
+        # for what comes between them.
+        room = self._footprint.free_bytes - _RECORDS_BETWEEN * self._record_bytes
+        full = 0 < self._unsaved_bytes >= min(self._journal_bytes_max, room)
         if at_once or full or unsaved_steps >= self._due_steps:
             self._begin()
         elif self._timer is None and self._session.sequence > self._begun.sequence:
@@ -271,8 +282,10 @@ class Archive:
         about, facts = self._kept.about(), self._kept.facts()
 
         def write() -> None:
-            self._store.save_snapshot(to_snapshot(state, about))
-            self._store.update_facts(facts)
+            snapshot = to_snapshot(state, about)
+            with self._footprint.saving(snapshot):
+                self._store.save_snapshot(snapshot)
+                self._store.update_facts(facts)
 
         await self._persistence.run(write)
 
@@ -289,7 +302,8 @@ class Archive:
         self._surroundings.observer.snapshot_failed()
         if not self._closed:
             wait_s = max(self.durability.snapshot_s, _RETRY_AFTER_S)
-            self._resting = True
+            # Who has deleted something need not wait; and nothing was written.
+            self._resting = not isinstance(error, OverQuotaError)
             self._timer = self._loop.call_later(wait_s, self._begin)
 
     def _stop_timer(self) -> None:
@@ -318,6 +332,14 @@ def exhausted(error: StorageFullError, field: str = "session_id") -> StorageExha
         field: Path of what asks for the room.
     """
     _LOGGER.warning("the disk has no room", extra={"cause": str(error)})
+    if isinstance(error, OverQuotaError):
+        return StorageExhaustedError(
+            f"{error}; nothing was changed: delete sessions or checkpoints, or try again later",
+            field=field,
+            expected=f"at most {error.free} bytes",
+            actual=f"{error.count} bytes",
+            retry_after_s=_RETRY_AFTER_S,
+        )
     return StorageExhaustedError(
         "the server's disk has no room for what would make the change durable; nothing was changed:"
         " try again once there is room",

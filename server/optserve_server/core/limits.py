@@ -11,9 +11,10 @@ KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
-WINDOW_BYTES = MIB
-"""How much of a call may come that nobody has asked for yet, by default: a chunk, while the one
-before it is taken. No limit to be refused by: HTTP/2 has a client wait."""
+WINDOW_BYTES = 4 * MIB
+"""How much of a call may come that nobody has asked for yet, by default: some chunks, so that a
+sender need not wait for each of them to be taken. No limit to be refused by: HTTP/2 has a client
+wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class Limits:
     request_rate_max: float = 0.0  # Whoever has one tenant has nobody to be fair to.
     tenant_sessions_max: int = 0
     tenant_bytes_max: int = 0
+    tenant_disk_bytes_max: int = 0
     journal_bytes_max: int = GIB  # A restart reads so much again; a disk does it in seconds.
     park_timeout_s: float = 3_600.0  # An hour: whoever trains is back by then, or has gone home.
     memory_bytes_max: int = 8 * GIB

@@ -1,4 +1,4 @@
-"""Quotas: how many sessions, and how much of the memory, a tenant has and may have."""
+"""Quotas: how many sessions, how much memory and how much of the disk a tenant may have."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from optserve_server.core.admission import Budget
+from optserve_server.core.disk_quotas import DiskQuotas
 from optserve_server.core.errors import MemoryExhaustedError, TooManyError
 from optserve_server.core.limits import Limits
+from optserve_server.core.tenant import named
 
 _RETRY_AFTER_S = 5.0  # As of Budget: it takes somebody who deletes something.
 
@@ -26,6 +28,7 @@ class Quotas:
         """Give each tenant at most what ``limits`` allow, 0 is no quota, and ``budget`` has."""
         self._limits = limits
         self._budget = budget
+        self.disk = DiskQuotas(limits)
         self._uses: dict[str, _Use] = {}
 
     def open(self, tenant: str) -> None:
@@ -37,7 +40,7 @@ class Quotas:
         use, most = self._uses.get(tenant, _Use()), self._limits.tenant_sessions_max
         if most and use.sessions >= most:
             raise TooManyError(
-                f"{_named(tenant)} has {use.sessions} sessions of {most}; delete some",
+                f"{named(tenant)} has {use.sessions} sessions of {most}; delete some",
                 expected=f"at most {most} sessions",
                 actual=f"{use.sessions + 1} sessions",
                 retry_after_s=_RETRY_AFTER_S,
@@ -68,7 +71,7 @@ class Quotas:
         use, most = self._uses.get(tenant, _Use()), self._limits.tenant_bytes_max
         if most and use.reserved_bytes + count > most:
             raise MemoryExhaustedError(
-                f"{what} needs {count} bytes; {_named(tenant)} has {use.reserved_bytes} of {most};"
+                f"{what} needs {count} bytes; {named(tenant)} has {use.reserved_bytes} of {most};"
                 " delete sessions that are done, or try again later",
                 field=field,
                 expected=f"at most {max(0, most - use.reserved_bytes)} bytes",
@@ -115,7 +118,3 @@ class TenantBudget:
             yield
         finally:
             self.release(count)
-
-
-def _named(tenant: str) -> str:
-    return f"tenant {tenant!r}" if tenant else "the only tenant"

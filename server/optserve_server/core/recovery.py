@@ -38,6 +38,8 @@ class Recovered:
 
     session: Session
     store: SessionStore
+    kept_bytes: int
+    """What it has on disk beside the journal."""
     saved_steps: int
     """Steps that its snapshot contains."""
     stepped_s: float | None
@@ -134,6 +136,7 @@ def _recover(
     return Recovered(
         session=session,
         store=store,
+        kept_bytes=store.kept_bytes,
         saved_steps=saved_steps,
         stepped_s=stepped_s,
         is_foreign=bool(origins - {persistence.origin}),

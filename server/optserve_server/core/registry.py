@@ -254,6 +254,7 @@ class SessionRegistry:
         """List the sessions that lie on disk, which come back when they are called."""
         if self._shelf is None:
             return 0
+        await self.checkpoints.load()
         for parked in await self._shelf.load():
             self._order[parked.session_id] = next(self._sequence)
             self.quotas.adopt(parked.opened.tenant)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from types import MappingProxyType
@@ -11,6 +10,7 @@ from typing import Any
 from optserve_server.core.actor import SessionActor
 from optserve_server.core.catalogue import ParkedSession
 from optserve_server.core.creations import CreationRequest
+from optserve_server.core.disk_quotas import Footprint, snapshot_bytes
 from optserve_server.core.durability import Archive, exhausted
 from optserve_server.core.errors import NoStorageError, SessionDamagedError, SessionFailedError
 from optserve_server.core.limits import Limits
@@ -62,7 +62,9 @@ class Shelf:
         for each in stored:
             if each.damage:
                 tell_damage(each.session_id, each.damage)
-            self._parked[each.session_id] = ParkedSession(each, self._surroundings.monotonic)
+            parked = ParkedSession(each, self._surroundings.monotonic)
+            self._parked[each.session_id] = parked
+            self._quotas.disk.settle(parked.opened.tenant, each.session_id, each.bytes_on_disk)
         self._tell()
         return list(self._parked.values())
 
@@ -74,21 +76,27 @@ class Shelf:
         """
         actor.request = request
         session, storage = actor.session, self._persistence.storage
+        tenant, disk = actor.opened.tenant, self._quotas.disk
         state, about, facts = session.capture(copy=False), actor.about(), actor.facts()
 
-        def create() -> SessionStore:
-            return storage.create(actor.session_id, facts, to_snapshot(state, about))
+        def create() -> tuple[SessionStore, int]:
+            snapshot = to_snapshot(state, about)
+            disk.admit(tenant, actor.session_id, snapshot_bytes(snapshot))
+            store = storage.create(actor.session_id, facts, snapshot)
+            return store, store.kept_bytes
 
         creating = actor.work.spawn(self._persistence.run(create))
         try:
-            store = await to_its_end(creating)
-        except asyncio.CancelledError:  # The client has gone, and nobody else knows the id.
-            if not creating.cancelled() and creating.exception() is None:
-                await self._persistence.run(lambda: _destroy(storage, creating.result()))
+            store, kept_bytes = await to_its_end(creating)
+        except BaseException as error:
+            # If it was cancelled, the client has gone, and nobody else knows the id.
+            if creating.done() and not creating.cancelled() and creating.exception() is None:
+                await self._persistence.run(lambda: _destroy(storage, creating.result()[0]))
+            disk.settle(tenant, actor.session_id, 0)
+            if isinstance(error, StorageFullError):
+                raise exhausted(error, "durability") from None
             raise
-        except StorageFullError as error:
-            raise exhausted(error, "durability") from None
-        self._keep(actor, store, saved_steps=session.steps)
+        self._keep(actor, store, kept_bytes, saved_steps=session.steps)
 
     async def take(self, parked: ParkedSession, reserved_bytes: int) -> SessionActor:
         """Bring a session back into memory, ``reserved_bytes`` of which are reserved for it.
@@ -135,7 +143,9 @@ class Shelf:
         actor.created_s = parked.standing().created_s
         actor.stepped_s = recovered.stepped_s
         actor.request = parked.request
-        archive = self._keep(actor, recovered.store, saved_steps=recovered.saved_steps)
+        archive = self._keep(
+            actor, recovered.store, recovered.kept_bytes, saved_steps=recovered.saved_steps
+        )
         # What was made of a foreign journal must not be made of it once more, elsewhere.
         archive.changed(at_once=recovered.is_foreign)
         del self._parked[parked.session_id]
@@ -169,6 +179,7 @@ class Shelf:
             await actor.archive.close()
             storage = self._persistence.storage
             await self._persistence.run(lambda: storage.delete(actor.session_id))
+            self._quotas.disk.settle(actor.opened.tenant, actor.session_id, 0)
 
     async def discard(self, parked: ParkedSession) -> None:
         """Delete a session that lies on disk only."""
@@ -176,15 +187,26 @@ class Shelf:
         self._tell()
         storage = self._persistence.storage
         await self._persistence.run(lambda: storage.delete(parked.session_id))
+        self._quotas.disk.settle(parked.opened.tenant, parked.session_id, 0)
 
-    def _keep(self, actor: SessionActor, store: SessionStore, *, saved_steps: int) -> Archive:
+    def _keep(
+        self, actor: SessionActor, store: SessionStore, kept_bytes: int, *, saved_steps: int
+    ) -> Archive:
+        tenant = actor.opened.tenant
         archive = Archive(
             actor,
             store,
             saved_steps=saved_steps,
             persistence=self._persistence,
             surroundings=self._surroundings,
-            budget=self._quotas.of(actor.opened.tenant),
+            budget=self._quotas.of(tenant),
+            footprint=Footprint(
+                self._quotas.disk,
+                tenant,
+                store,
+                kept_bytes=kept_bytes,
+                state_bytes=actor.session.byte_count,
+            ),
             limits=self._limits,
         )
         actor.keep(archive)

@@ -166,8 +166,8 @@ class SessionStore(Protocol):
         """Size of the journal, the part that only the previous snapshot needs included."""
 
     @property
-    def bytes_on_disk(self) -> int:
-        """Size of the journal and the snapshots."""
+    def kept_bytes(self) -> int:
+        """Size of all but the journal: the snapshots, and what the catalogue says."""
 
     def append(self, record: Record) -> int:
         """Write a record to the end of the journal: from now on it survives the process.
@@ -305,8 +305,10 @@ class Storage(Protocol):
             StorageFailedError: The disk has failed.
         """
 
-    def checkpoints(self, tenant: str, session_id: str | None = None) -> Sequence[Checkpoint]:
-        """Return a tenant's checkpoints, or those of one session, oldest first."""
+    def checkpoints(
+        self, tenant: str | None = None, session_id: str | None = None
+    ) -> Sequence[Checkpoint]:
+        """Return a tenant's checkpoints, or everybody's, or those of one session, oldest first."""
 
     def save_checkpoint(
         self, key: CheckpointKey, facts: Mapping[str, Json], snapshot: Snapshot

@@ -29,6 +29,11 @@ def is_tenant(name: object) -> bool:
     )
 
 
+def named(tenant: str) -> str:
+    """Return what to call a tenant in a message."""
+    return f"tenant {tenant!r}" if tenant else "the only tenant"
+
+
 class TenantRegistry:
     """The registry as one tenant has it: what is somebody else's is not there.
 

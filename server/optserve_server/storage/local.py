@@ -153,13 +153,15 @@ class LocalStorage:
                 raise NotStoredError(f"there is no session {session_id}")
             self._delete(session_directory(session_id))
 
-    def checkpoints(self, tenant: str, session_id: str | None = None) -> Sequence[Checkpoint]:
+    def checkpoints(
+        self, tenant: str | None = None, session_id: str | None = None
+    ) -> Sequence[Checkpoint]:
         """See Storage."""
         with translated(CHECKPOINTS):
             found = [
                 (owner.order, _checkpoint(owner, manifest, tree_bytes(self._disk, path)))
                 for owner, manifest, path in self._checkpoint_owners()
-                if owner.tenant == tenant and session_id in (None, owner.session_id)
+                if tenant in (None, owner.tenant) and session_id in (None, owner.session_id)
             ]
         return [checkpoint for _, checkpoint in sorted(found, key=lambda each: each[0])]
 

@@ -21,6 +21,7 @@ from optserve_server.storage.commits import Commits
 from optserve_server.storage.disk import Disk, remove_tree, translated
 from optserve_server.storage.journal import Journal
 from optserve_server.storage.places import (
+    HEAD,
     UNFINISHED,
     Owner,
     save_directory,
@@ -94,9 +95,13 @@ class LocalSessionStore:
         return self._journal.byte_count
 
     @property
-    def bytes_on_disk(self) -> int:
+    def kept_bytes(self) -> int:
         """See SessionStore."""
-        return tree_bytes(self._disk, self._directory)
+        with translated(self._directory):
+            found = self._disk.entries(self._directory)
+            kept = [f"{self._directory}/{each.name}" for each in found if each.is_directory]
+            heads = [each.byte_count or 0 for each in found if each.name == HEAD]
+            return sum(heads) + sum(tree_bytes(self._disk, path) for path in kept)
 
     def append(self, record: Record) -> int:
         """See SessionStore."""

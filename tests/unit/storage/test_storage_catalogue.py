@@ -111,7 +111,11 @@ def test_two_snapshots_and_the_journal_between_them_are_kept() -> None:
     ]
     assert store.journal_bytes == len(disk.read(f"{DIRECTORY}/journal-{5:020d}.log"))
     (session,) = storage.sessions()
-    assert session.bytes_on_disk == store.bytes_on_disk == disk.used_bytes - _version_bytes(disk)
+    assert (
+        session.bytes_on_disk
+        == store.kept_bytes + store.journal_bytes
+        == disk.used_bytes - _version_bytes(disk)
+    )
 
 
 def _version_bytes(disk: MemoryDisk) -> int:
