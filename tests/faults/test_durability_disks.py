@@ -26,6 +26,7 @@ from optserve.v1.loss_pb2 import CrossEntropyLoss
 from optserve.v1.optimizer_pb2 import SGD
 from optserve.v1.scheduler_pb2 import ExponentialLR
 from optserve.v1.session_pb2 import SessionState, Split
+from optserve_server.storage.document import decode_document, encode_document
 
 ELSEWHERE = dataclasses.replace(HERE, torch="1.0.0")
 
@@ -119,8 +120,9 @@ def test_a_disk_that_fails_ends_the_session_and_a_restart_brings_back_what_was_a
         server.disk.before = fail
         with refused("SESSION_FAILED"):
             stepped(server.driver, session_id, 3, 3)
-        state = server.driver.get(session_id).status.state
-        assert state == SessionState.SESSION_STATE_FAILED
+        status = server.driver.get(session_id).status
+        assert status.state == SessionState.SESSION_STATE_FAILED
+        assert status.durable_steps == 2  # The third one may be there, or not.
         disk = server.unplugged()
         server.disk.before = lambda _: None
     with durable_server(disk) as server:
@@ -176,6 +178,27 @@ def test_a_foreign_journal_is_replayed_only_when_that_is_asked_for() -> None:
         assert listed.state == SessionState.SESSION_STATE_PARKED
         disk = server.killed()
     with durable_server(disk, replay_foreign=True) as server:
+        assert see(server.driver, session_id) == seen
+
+
+def test_what_a_newer_server_says_of_a_session_is_not_taken_for_damage_and_is_kept() -> None:
+    with durable_server() as server:
+        session_id = server.driver.create(durable_spec(JOURNAL), model()).status.session_id
+        seen, disk = see(server.driver, session_id), server.killed()
+    path = f"sessions/{session_id}/head.json"
+    head = disk.read(path)
+    content = decode_document(path, head)
+    content["facts"] |= {"version": content["facts"]["version"] + 1, "standing": "another form"}
+    disk.overwrite(path, encode_document(content))
+    with durable_server(disk) as server:
+        (listed,) = server.driver.sessions().sessions
+        assert listed.state == SessionState.SESSION_STATE_PARKED
+        with refused("JOURNAL_FOREIGN", field="session_id"):
+            server.driver.get(session_id)
+        assert server.loop.run(server.registry.expire_idle(0.0, 0.0)) == []
+        disk = server.killed()
+    disk.overwrite(path, head)
+    with durable_server(disk) as server:
         assert see(server.driver, session_id) == seen
 
 

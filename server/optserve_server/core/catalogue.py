@@ -44,6 +44,8 @@ class ParkedSession:
         self._parked_s = monotonic()
         self.damaged = False
         """Whether what is on disk is not what was written there."""
+        self.is_newer = False
+        """Whether a newer server wrote it, which alone can bring it back."""
         self.request: CreationRequest | None = None
         """What has made it."""
         self._session_id = stored.session_id
@@ -51,7 +53,7 @@ class ParkedSession:
         tenant = DEFAULT_TENANT
         try:
             facts: Read = stored.facts
-            self.damaged = facts["version"] > VERSION
+            self.is_newer = facts["version"] > VERSION
             tenant = str(facts["tenant"])
             if request := facts["request"]:
                 self.request = CreationRequest(
@@ -61,7 +63,7 @@ class ParkedSession:
                 )
             self._standing = decode_standing(facts["standing"], stored.session_id, State.PARKED)
         except (LookupError, TypeError, ValueError):
-            self.damaged = True
+            self.damaged = not self.is_newer
             self._standing = _unknown(stored.session_id)
         self.opened = SessionOpened(
             session_id=stored.session_id, tenant=tenant, optimizer=self._standing.optimizer

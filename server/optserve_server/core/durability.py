@@ -104,6 +104,7 @@ class Archive:
         self._recorded_bytes = self._reported_bytes = store.journal_bytes
         self._begun_bytes = self._saved_bytes = 0
         self._record_bytes = 0  # Of the last record.
+        self._kept_steps = kept.session.steps  # As far as is known.
         self._syncing: Future[None] | None = None
         self._saving: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -118,7 +119,10 @@ class Archive:
 
     def durable_steps(self, steps: int) -> int:
         """Return how many of the ``steps`` that were acknowledged a crash now would leave."""
-        return steps if self.journals else self._saved.steps
+        if not self.journals:
+            return self._saved.steps
+        # Whether a step that the disk failed in is there, nobody knows before a restart.
+        return min(steps, self._kept_steps) if self._session.failed else steps
 
     @property
     def is_saved(self) -> bool:
@@ -252,6 +256,7 @@ class Archive:
             except StorageFailedError as error:
                 raise self._lost(error) from None
             observer.journal_synced(monotonic() - started_s)
+        self._kept_steps = self._session.steps
         observer.journal_written(self._recorded_bytes - self._reported_bytes)
         self._reported_bytes = self._recorded_bytes
 

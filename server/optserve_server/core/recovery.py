@@ -124,10 +124,7 @@ def _recover(
         saved_steps = session.steps
         stepped_s = _replay(session, records, stepped_s, room)
     except (StorageVersionError, StateVersionError, SpecVersionError) as error:
-        raise JournalForeignError(
-            "a newer version of the server wrote the session; nothing is lost: start that one",
-            field="session_id",
-        ) from error
+        raise newer_error() from error
     except (DamagedError, LookupError, TypeError, ValueError, OptserveError) as error:
         if isinstance(error, JournalForeignError):
             raise
@@ -227,6 +224,14 @@ def tell_damage(session_id: str, error: Exception) -> None:
     _LOGGER.error(
         "what is on disk of a session is not what was written there",
         extra={"session": session_id, "cause": f"{type(error).__name__}: {error}"},
+    )
+
+
+def newer_error() -> JournalForeignError:
+    """Return what a session is refused with that only a newer server can bring back."""
+    return JournalForeignError(
+        "a newer version of the server wrote the session; nothing is lost: start that one",
+        field="session_id",
     )
 
 

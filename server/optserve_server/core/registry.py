@@ -223,14 +223,15 @@ class SessionRegistry:
 
         Args:
             idle_timeout_s: Of sessions that are in memory only.
-            durable_idle_timeout_s: Of durable ones, wherever they are; a restart begins anew.
+            durable_idle_timeout_s: Of durable ones, wherever they are; a restart begins anew. What
+                only a newer server can bring back waits for it.
         """
         expired = []
         for session_id in list(self._order):  # Others come and go while one is being deleted.
             actor = self._actors.get(session_id)
             parked = self._shelf.parked.get(session_id) if self._shelf else None
             session = actor or parked
-            if session is None or (parked and parked.is_moving):
+            if session is None or (parked and (parked.is_moving or parked.is_newer)):
                 continue
             durable = actor is None or actor.archive is not None
             timeout_s = durable_idle_timeout_s if durable else idle_timeout_s

@@ -16,7 +16,7 @@ from optserve_server.core.errors import NoStorageError, SessionDamagedError, Ses
 from optserve_server.core.limits import Limits
 from optserve_server.core.persistence import Persistence
 from optserve_server.core.quotas import Quotas
-from optserve_server.core.recovery import damaged_error, recover, tell_damage
+from optserve_server.core.recovery import damaged_error, newer_error, recover, tell_damage
 from optserve_server.core.state import to_snapshot
 from optserve_server.core.storage import (
     SessionStore,
@@ -108,6 +108,8 @@ class Shelf:
         """
         if parked.damaged:
             raise damaged_error()
+        if parked.is_newer:
+            raise newer_error()
         started_s = self._surroundings.monotonic()
         device, limits, persistence = self._surroundings.device, self._limits, self._persistence
         try:
