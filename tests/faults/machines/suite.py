@@ -35,7 +35,7 @@ MACHINES = (
         summary="every rpc in any order, by two tenants, beside a model that does the same",
         unit="examples",
         whole_count=600,
-        whole_s=240,
+        whole_s=280,
         test_count=20,
         run=compare,
     ),
