@@ -282,6 +282,17 @@ def test_a_momentum_that_no_memory_is_left_for_is_refused() -> None:
         assert where.driver.get(session_id) == before
 
 
+def test_a_point_of_the_history_that_no_memory_is_left_for_is_refused() -> None:
+    logits, classes = torch.eye(4), torch.arange(4)
+    with ground() as where:
+        budget = where.registry.budget
+        free = where.registry.limits.memory_bytes_max - budget.reserved_bytes
+        budget.reserve(free - 1000, what="a test", field="")  # Enough for the evaluation.
+        with Mistakes(where).refused("MEMORY_EXHAUSTED", "split"):
+            where.driver.evaluate(where.session_id, logits, classes, split=Split.SPLIT_TRAIN)
+        where.driver.evaluate(where.session_id, logits, classes)
+
+
 def test_a_download_keeps_to_the_size_of_chunks() -> None:
     values = {"w": torch.zeros(100)}
     with ground(Limits(chunk_bytes_max=160)) as where:

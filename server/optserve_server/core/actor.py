@@ -23,6 +23,7 @@ from optserve_server.core.events import SessionOpened, StepApplied
 from optserve_server.core.outcome import StepOutcome
 from optserve_server.core.positions import Positions
 from optserve_server.core.preview import Preview
+from optserve_server.core.quotas import TenantBudget
 from optserve_server.core.region import Region
 from optserve_server.core.round import Contribution, LastContribution
 from optserve_server.core.rounds import Rounds
@@ -54,10 +55,12 @@ class SessionActor:
         session: Session,
         opened: SessionOpened,
         reserved_bytes: int,
+        budget: TenantBudget,
         surroundings: Surroundings,
     ) -> None:
         """Serve ``session``, which nobody else may touch from now on."""
         self.opened = opened
+        self.budget = budget
         self.reserved_bytes = reserved_bytes
         self.view = session.view()
         """Where the session stands: never half of a step."""

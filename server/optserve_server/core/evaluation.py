@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 from optserve_server.core.actor import SessionActor
@@ -9,6 +12,7 @@ from optserve_server.core.events import LossEvaluated
 from optserve_server.core.history import LossPoint
 from optserve_server.core.losses import LossOutcome
 from optserve_server.core.spec import Split
+from optserve_server.core.work import to_its_end
 
 
 async def evaluate(
@@ -44,12 +48,35 @@ async def evaluate(
 
 
 async def _add_point(actor: SessionActor, split: Split, outcome: LossOutcome) -> None:
-    session = actor.session
-    if actor.archive:  # Between two steps, where it has a place among the changes.
-        async with actor.writing():
-            await actor.make(lambda: session.add_point(_point(actor, split, outcome)))
-    else:
-        session.add_point(_point(actor, split, outcome))
+    """Keep a point of the history, whose memory is the session's from then on.
+
+    Raises:
+        MemoryExhaustedError: There is none for it.
+    """
+    if not actor.archive:
+        with _grown(actor, split):
+            actor.session.add_point(_point(actor, split, outcome))
+        return
+
+    async def add() -> None:  # Between two steps, where it has a place among the changes.
+        async with actor.writing() as session:
+            with _grown(actor, split):
+                await actor.make(lambda: session.add_point(_point(actor, split, outcome)))
+
+    await to_its_end(actor.work.spawn(add()))
+
+
+@contextmanager
+def _grown(actor: SessionActor, split: Split) -> Iterator[None]:
+    """Reserve the memory of one point more, for good unless the block raises."""
+    growth = actor.session.history.growth(split)
+    actor.budget.reserve(growth, what="a point of the history", field="split")
+    try:
+        yield
+    except BaseException:
+        actor.budget.release(growth)
+        raise
+    actor.reserved_bytes += growth
 
 
 def _point(actor: SessionActor, split: Split, outcome: LossOutcome) -> LossPoint:

@@ -9,6 +9,7 @@ from itertools import islice
 
 from optserve_server.core.spec import Split
 
+POINT_BYTES = 1280  # Itself 0.3 KiB; as JSON, while a snapshot is written or read, up to 0.9.
 _SPLITS = (Split.TRAIN, Split.VALIDATION)
 
 
@@ -67,6 +68,16 @@ class LossHistory:
     def count(self) -> int:
         """How many points there have been."""
         return sum(self._counts.values())
+
+    @property
+    def byte_count(self) -> int:
+        """How much memory its points take."""
+        return POINT_BYTES * sum(len(points) for points in self._points.values())
+
+    def growth(self, split: Split) -> int:
+        """Return how much more memory it takes with one point more."""
+        points = self._points[split]
+        return 0 if len(points) == points.maxlen else POINT_BYTES
 
     def capture(self) -> HistoryState:
         """Return a copy of everything."""

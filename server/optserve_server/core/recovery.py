@@ -12,6 +12,7 @@ from optserve_server.core.admission import session_bytes
 from optserve_server.core.changes import replay
 from optserve_server.core.device import Device
 from optserve_server.core.errors import JournalForeignError, OptserveError, SessionDamagedError
+from optserve_server.core.history import POINT_BYTES
 from optserve_server.core.limits import Limits
 from optserve_server.core.persistence import Persistence
 from optserve_server.core.session import Session
@@ -67,16 +68,17 @@ class _Room:
         self._reserved_bytes = reserved_bytes
         self._device = device
         self._spec: SessionSpec | None = None
+        self._spec_bytes = 0
 
-    def check(self, spec: SessionSpec) -> None:
-        """Make sure that there is as much as ``spec`` takes.
+    def check(self, spec: SessionSpec, history_bytes: int) -> None:
+        """Make sure that there is as much as ``spec`` takes, and the points of the history.
 
         Raises:
             OutgrownError: There is not.
         """
-        if spec is self._spec:  # As after most changes.
-            return
-        self._spec, byte_count = spec, session_bytes(spec, self._device)
+        if spec is not self._spec:  # As after few changes.
+            self._spec, self._spec_bytes = spec, session_bytes(spec, self._device)
+        byte_count = self._spec_bytes + history_bytes
         if byte_count > self._reserved_bytes:
             raise OutgrownError(byte_count)
 
@@ -145,7 +147,7 @@ def _restored(
 ) -> tuple[Session, float | None]:
     """Return the session of a snapshot, and when its last step was made."""
     state = to_state(snapshot)
-    room.check(state.spec)
+    room.check(state.spec, POINT_BYTES * len(state.history.points))
     about: Read = snapshot.facts["about"]
     return Session.restored(state, device, limits), about["stepped_s"]
 
@@ -177,7 +179,7 @@ def _replay(
             failure = error
         else:
             stepped_s = time_s if is_step else stepped_s
-        room.check(session.spec)
+        room.check(session.spec, session.history.byte_count)
         del record  # Its memory is the next one's.
     return stepped_s
 

@@ -117,7 +117,7 @@ class SessionRegistry:
                 tenant=tenant,
                 optimizer=spec.optimizer.kind,
             )
-            actor = SessionActor(session, opened, count, self.surroundings)
+            actor = SessionActor(session, opened, count, self.quotas.of(tenant), self.surroundings)
             actor.stepped_s = beginning.stepped_s
             if is_durable and self._shelf:
                 try:
@@ -182,7 +182,7 @@ class SessionRegistry:
             LimitError: There is no room for it. Nothing was changed.
         """
         self.budget.check_session(count, field="optimizer")
-        growth = max(0, count - actor.reserved_bytes)
+        growth = max(0, count + actor.session.history.byte_count - actor.reserved_bytes)
         tenant = actor.opened.tenant
         self.quotas.reserve(tenant, growth, what="the change", field="optimizer")
         try:

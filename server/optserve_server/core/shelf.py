@@ -130,7 +130,13 @@ class Shelf:
                 "the server's disk has failed, and does not give the session back; nothing has been"
                 " changed"
             ) from error
-        actor = SessionActor(recovered.session, parked.opened, reserved_bytes, self._surroundings)
+        actor = SessionActor(
+            recovered.session,
+            parked.opened,
+            reserved_bytes,
+            self._quotas.of(parked.opened.tenant),
+            self._surroundings,
+        )
         elapsed_s = self._surroundings.monotonic() - started_s
         self._surroundings.observer.session_restored(elapsed_s)
         _LOGGER.info(
