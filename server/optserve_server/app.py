@@ -76,7 +76,7 @@ async def serve(config: Config) -> None:
             observer=metrics,
             shared_memory=config.shared_memory,
             overlap=Overlap(config.overlap),
-            persistence=stack.enter_context(_persistence(config, device)),
+            persistence=stack.enter_context(_persistence(config, device, metrics)),
         )
         registry = SessionRegistry(config.limits(device.memory_bytes()), surroundings)
         if parked := await registry.load():
@@ -154,7 +154,7 @@ def _executor(config: Config) -> ThreadPoolExecutor:
 
 
 @contextmanager
-def _persistence(config: Config, device: Device) -> Iterator[Persistence | None]:
+def _persistence(config: Config, device: Device, metrics: Metrics) -> Iterator[Persistence | None]:
     """Open the data directory for a block; None if there is to be none.
 
     Raises:
@@ -176,7 +176,7 @@ def _persistence(config: Config, device: Device) -> Iterator[Persistence | None]
         stack.callback(storage.close)
         if archive:
             mirror = Mirror(disk, archive)
-            shipping = Shipping(mirror, interval_s=config.archive_interval_s)
+            shipping = Shipping(mirror, metrics, interval_s=config.archive_interval_s)
             stack.callback(shipping.close)  # After the last snapshot, and before the disk goes.
         executor = ThreadPoolExecutor(_DISK_THREADS, thread_name_prefix="optserve-disk")
         yield Persistence(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from drivers import take
@@ -48,3 +50,21 @@ def test_what_survives_is_counted_and_timed_from_its_writing_to_its_coming_back(
         assert told(server, "optserve_restore_duration_seconds_count") == 1
         assert 0 < told(server, "optserve_restore_duration_seconds_sum") < 60
         assert told(server, "optserve_snapshot_failures_total") == 0
+
+
+def test_an_archive_that_fails_is_counted_until_it_has_everything(tmp_path: Path) -> None:
+    begun_s, archive = time.time(), tmp_path / "archive"
+    archive.write_text("a file, where a directory is wanted")
+    flags = {"--data-dir": tmp_path / "data", "--archive-url": archive.as_uri()}
+    words = [str(word) for flag in flags.items() for word in flag]
+    with running_server(*words, "--archive-interval-s", "0.05") as server:
+        _until(lambda: told(server, "optserve_archive_failures_total") >= 2)
+        assert told(server, "optserve_last_archive_timestamp_seconds") == 0
+        archive.unlink()
+        _until(lambda: told(server, "optserve_last_archive_timestamp_seconds") >= begun_s)
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    """Wait for something; that it never comes is what the test's timeout is for."""
+    while not holds():
+        time.sleep(0.02)

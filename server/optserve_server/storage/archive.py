@@ -237,12 +237,23 @@ def restore_if_empty(archive: ObjectStore, disk: Disk) -> int:
         disk.close()
 
 
+class Watcher(Protocol):
+    """Is told of passes, in the thread that makes them."""
+
+    def archive_shipped(self) -> None:
+        """Hear that the archive has everything that was finished when the pass began."""
+
+    def archive_failed(self) -> None:
+        """Hear that it has not: it is behind, and the next pass tries again."""
+
+
 class Shipping:
     """Makes a pass again and again, in a thread of its own."""
 
-    def __init__(self, mirror: Mirror, *, interval_s: float) -> None:
+    def __init__(self, mirror: Mirror, watcher: Watcher, *, interval_s: float) -> None:
         """Begin to make passes, ``interval_s`` apart; sooner after an incomplete one."""
         self._mirror = mirror
+        self._watcher = watcher
         self._interval_s = interval_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shipping", daemon=True)
@@ -260,8 +271,9 @@ class Shipping:
             delay_s = self._interval_s if self._pass() else min(1.0, self._interval_s)
 
     def _pass(self) -> bool:
+        """Make a pass; return whether the next one may wait."""
         try:
-            return self._mirror.ship().is_complete
+            is_complete = self._mirror.ship().is_complete
         except ForeignArchiveError as error:
             _logger.error("nothing is archived: %s", error)  # noqa: TRY400 It is no surprise.
         except (OSError, StorageError) as error:
@@ -269,6 +281,11 @@ class Shipping:
             _logger.warning("the archive is behind: %s", error)
         except Exception:  # Whatever it was, it is no reason to archive nothing any more.
             _logger.exception("the archive is behind")
+        else:
+            if is_complete:
+                self._watcher.archive_shipped()
+            return is_complete
+        self._watcher.archive_failed()
         return True
 
 

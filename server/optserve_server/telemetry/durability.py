@@ -1,4 +1,4 @@
-"""The metrics of what durable sessions write, and wait for."""
+"""The metrics of what durable sessions write and wait for, and of the archive's copy of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STATE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0
 
 
 class DurabilityMetrics:
-    """The part of an observer that hears of journals and snapshots."""
+    """The part of an observer that hears of journals, snapshots and archives."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         """Show the metrics in ``registry``."""
@@ -49,6 +49,15 @@ class DurabilityMetrics:
             registry=registry,
         )
 
+        self._archive_time = gauge(
+            "optserve_last_archive_timestamp_seconds",
+            "When the archive last had everything that was finished.",
+        )
+        self._archive_failures = counter(
+            "optserve_archive_failures_total",
+            "Looks after which the archive is behind; the next one tries again.",
+        )
+
     def journal_written(self, byte_count: int) -> None:
         """Count them."""
         self._journal_bytes.inc(byte_count)
@@ -73,3 +82,11 @@ class DurabilityMetrics:
     def session_restored(self, seconds: float) -> None:
         """Observe it."""
         self._restore_seconds.observe(seconds)
+
+    def archive_shipped(self) -> None:
+        """Remember when it was."""
+        self._archive_time.set_to_current_time()
+
+    def archive_failed(self) -> None:
+        """Count it."""
+        self._archive_failures.inc()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,17 +17,33 @@ from optserve_server.storage.archive import ArchiveError, Mirror, Shipping
 from optserve_server.storage.remote import RemoteStore
 
 
+@dataclass(slots=True)
+class Told:
+    """What a watcher was told."""
+
+    shipped: int = 0
+    failed: int = 0
+
+    def archive_shipped(self) -> None:
+        self.shipped += 1
+
+    def archive_failed(self) -> None:
+        self.failed += 1
+
+
 def test_shipping_goes_on_after_trouble_and_ends_with_everything_there(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     disk, archive = MemoryDisk(), Store()
     trained(disk)
     archive.writes_left = 3
-    shipping = Shipping(Mirror(disk, archive), interval_s=3600.0)
-    while "behind" not in caplog.text:
+    told = Told()
+    shipping = Shipping(Mirror(disk, archive), told, interval_s=3600.0)
+    while not told.failed:
         time.sleep(0.01)
     archive.writes_left = 1 << 30
     shipping.close()
+    assert told == Told(shipped=1, failed=1)
     assert "the archive is behind: connection reset by peer" in caplog.text
     assert restored(came_back(archive))[0] == 5
 
@@ -49,10 +66,12 @@ def test_shipping_goes_on_after_errors_of_any_class(
     register_implementation("moody", MoodyStore, clobber=True)
     disk, archive = MemoryDisk(), RemoteStore("moody://archive")
     trained(disk)
-    shipping = Shipping(Mirror(disk, archive), interval_s=0.01)
+    told = Told()
+    shipping = Shipping(Mirror(disk, archive), told, interval_s=0.01)
     deadline_s = time.monotonic() + 10
-    while caplog.text.count("behind") < 2 and time.monotonic() < deadline_s:
+    while told.failed < 2 and time.monotonic() < deadline_s:
         time.sleep(0.01)
+    assert not told.shipped
     monkeypatch.setattr(MoodyStore, "answers", True)
     while len(archive.sizes()) < 10 and time.monotonic() < deadline_s:
         time.sleep(0.01)
@@ -74,5 +93,8 @@ def test_shipping_into_the_archive_of_another_is_told_of(caplog: pytest.LogCaptu
     trained(ours)
     Mirror(ours, archive).ship()
     stored(theirs).close()
-    Shipping(Mirror(theirs, archive), interval_s=3600.0).close()
+    told = Told()
+    Shipping(Mirror(theirs, archive), told, interval_s=3600.0).close()
+    assert told.failed
+    assert not told.shipped
     assert "nothing is archived: the archive is of another data directory" in caplog.text

@@ -32,6 +32,7 @@ UNITLESS = {
     "optserve_sessions",
     "optserve_sessions_parked",
     "optserve_snapshot_failures",
+    "optserve_archive_failures",
     "optserve_session_metrics_dropped",
     "optserve_session_step",
     "optserve_session_gradient_norm",
