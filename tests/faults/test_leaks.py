@@ -129,6 +129,8 @@ def _served(stack: ExitStack) -> Where:
     stack.callback(lambda: loop.run(server.stop(0)))
     driver = stack.enter_context(StubDriver(address))
     channel = stack.enter_context(grpc.insecure_channel(address))
+    # It has its connection before anybody counts files.
+    grpc.channel_ready_future(channel).result(timeout=TIMEOUT_S)
     return Where(loop=loop, registry=registry, driver=driver, channel=channel)
 
 
