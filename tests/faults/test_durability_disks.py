@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.loss_pb2 import CrossEntropyLoss
 from optserve.v1.optimizer_pb2 import SGD
 from optserve.v1.scheduler_pb2 import ExponentialLR
-from optserve.v1.session_pb2 import SessionState, Split
+from optserve.v1.session_pb2 import Durability, SessionState, Split
 from optserve_server.storage.document import decode_document, encode_document
 
 ELSEWHERE = dataclasses.replace(HERE, torch="1.0.0")
@@ -120,6 +121,8 @@ def test_a_disk_that_fails_ends_the_session_and_a_restart_brings_back_what_was_a
         server.disk.before = fail
         with refused("SESSION_FAILED"):
             stepped(server.driver, session_id, 3, 3)
+        with refused("SESSION_FAILED"):
+            server.driver.end_epoch(session_id, 1)
         status = server.driver.get(session_id).status
         assert status.state == SessionState.SESSION_STATE_FAILED
         assert status.durable_steps == 2  # The third one may be there, or not.
@@ -130,6 +133,22 @@ def test_a_disk_that_fails_ends_the_session_and_a_restart_brings_back_what_was_a
         assert status.state == SessionState.SESSION_STATE_READY
         assert status.steps in (2, 3)  # What was not acknowledged may be there.
         assert stepped(server.driver, session_id, 2, 2) == expected or status.steps == 3
+
+
+def test_an_epoch_whose_end_the_disk_failed_in_is_not_answered_as_if_it_had_ended() -> None:
+    with durable_server() as server:
+        session_id = server.driver.create(durable_spec(FSYNC), model()).status.session_id
+        stepped(server.driver, session_id, 1, 2)
+
+        def fail(operation: str) -> None:
+            if operation.startswith("sync"):
+                raise OSError(5, "the disk is broken")
+
+        server.disk.before = fail
+        for _ in range(2):  # A client that has no answer asks again.
+            with refused("SESSION_FAILED"):
+                server.driver.end_epoch(session_id, 1)
+        server.disk.before = lambda _: None
 
 
 def _damage(disk: MemoryDisk, session_id: str, kind: str) -> None:
@@ -202,21 +221,30 @@ def test_what_a_newer_server_says_of_a_session_is_not_taken_for_damage_and_is_ke
         assert see(server.driver, session_id) == seen
 
 
-def test_a_disk_that_does_not_give_a_session_back_is_told_from_a_fault_of_ours(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize(
+    ("durability", "unreadable"),
+    [(FSYNC, "journal"), (FSYNC, "tensors"), (snapshots(2), "tensors")],
+    ids=["journal", "only-snapshot", "last-snapshot"],
+)
+def test_a_disk_that_does_not_give_a_session_back_now_may_do_so_later(
+    durability: Durability, unreadable: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with durable_server() as server:
-        session_id = server.driver.create(durable_spec(FSYNC), model()).status.session_id
-        stepped(server.driver, session_id, 1, 2)
+        session_id = server.driver.create(durable_spec(durability), model()).status.session_id
+        stepped(server.driver, session_id, 1, 4)
         seen = see(server.driver, session_id)
+        while server.driver.get(session_id).status.durable_steps < 4:
+            time.sleep(0.01)
         disk = server.killed()
+    last = max(path for path in paths(disk) if unreadable in path)
 
     def fail(operation: str) -> None:
-        if operation.startswith("open") and "journal" in operation:
+        if operation in (f"open {last}", f"read {last}"):
             raise OSError(5, "the disk is broken")
 
     with durable_server(disk) as server:
         disk.before = fail
+        # It is no damage, and no reason to go on from an older snapshot.
         for _ in range(2):
             with refused("SESSION_FAILED"):
                 server.driver.get(session_id)

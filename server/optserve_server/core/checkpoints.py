@@ -21,6 +21,7 @@ from optserve_server.core.errors import (
     JournalForeignError,
     NoStorageError,
     SessionDamagedError,
+    SessionFailedError,
     TooManyError,
 )
 from optserve_server.core.limits import Limits
@@ -38,6 +39,7 @@ from optserve_server.core.storage import (
     Snapshot,
     StorageFullError,
     StorageVersionError,
+    UnreadableError,
 )
 from optserve_server.core.surroundings import Surroundings
 from optserve_server.core.tensors import byte_view
@@ -279,6 +281,12 @@ def _open(persistence: Persistence, key: CheckpointKey) -> Opened:
         raise JournalForeignError(
             "a newer version of the server saved the checkpoint; nothing is lost: start that one",
             field="name",
+        ) from error
+    except UnreadableError as error:
+        _LOGGER.error("the disk has failed", extra={"cause": str(error)})  # noqa: TRY400 The cause is all that there is to know.
+        raise SessionFailedError(
+            "the server's disk has failed, and does not give the checkpoint back; nothing has been"
+            " changed"
         ) from error
     except (DamagedError, LookupError, TypeError, ValueError) as error:
         raise _damaged(key, error) from error

@@ -27,7 +27,9 @@ from optserve_server.core.storage import (
     SessionStore,
     SkippedSnapshot,
     Snapshot,
+    StorageFailedError,
     StorageVersionError,
+    UnreadableError,
 )
 
 _LOGGER = logging.getLogger(__name__)
@@ -104,7 +106,7 @@ def recover(
         OutgrownError: It takes more than that. It is on disk as before.
         SessionDamagedError: What is there is not what was written there.
         JournalForeignError: Another torch, another device or a newer server wrote it.
-        StorageError: The disk does not answer.
+        StorageError: The disk does not give it back. It is on disk as before.
     """
     store = persistence.storage.open(session_id)
     try:
@@ -127,6 +129,8 @@ def _recover(
         stepped_s = _replay(session, records, stepped_s, room)
     except (StorageVersionError, StateVersionError, SpecVersionError) as error:
         raise newer_error() from error
+    except UnreadableError as error:  # It need not be damage, and is nothing to delete it for.
+        raise StorageFailedError(str(error)) from error
     except (DamagedError, LookupError, TypeError, ValueError, OptserveError) as error:
         if isinstance(error, JournalForeignError):
             raise
@@ -204,10 +208,16 @@ def _check_skipped(skipped: Sequence[SkippedSnapshot], session: Session, session
     """Make sure that the journal makes up for snapshots that are damaged.
 
     Without a journal an older snapshot is all that there is: the session goes on from there.
+
+    Raises:
+        SessionDamagedError: The journal does not.
+        StorageFailedError: It is a newer one that the disk cannot read, perhaps for now only.
     """
     for each in skipped:
         if session.sequence >= each.sequence:
             continue
+        if isinstance(each.damage, UnreadableError):
+            raise StorageFailedError(str(each.damage)) from each.damage
         if session.spec.durability.mode is DurabilityMode.JOURNAL:
             raise _damaged(session_id, each.damage) from each.damage
         _LOGGER.error(

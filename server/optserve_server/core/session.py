@@ -305,10 +305,11 @@ class Session:
             epoch: Number of the epoch that ends, from 1.
 
         Raises:
-            EpochOutOfOrderError: It is another epoch's turn.
-            EpochEmptyError: The epoch has no step.
+            SessionFailedError: The session has failed: of the last one, too, nobody knows.
+            EpochOutOfOrderError, EpochEmptyError: It is another one's turn, or has no step.
             ScheduleFailedError: The schedule has come to its end.
         """
+        self._check_whole()
         if epoch == self.epochs and epoch > 0:
             return
         if epoch != self.epochs + 1:

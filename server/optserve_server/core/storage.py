@@ -68,6 +68,14 @@ class DamagedError(StorageError):
         self.what = what
 
 
+class UnreadableError(DamagedError):
+    """The disk does not give a file back. It may be what was written, and be read another time."""
+
+    def __init__(self, path: str) -> None:
+        """Say that the disk cannot read the file ``path``."""
+        super().__init__(path, 0, "the disk cannot read it")
+
+
 class RecordKind(enum.IntEnum):
     """What a record tells; its number stands on disk, and is never used again."""
 

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Protocol
 
 from optserve_server.core.storage import (
-    DamagedError,
     StorageBusyError,
     StorageFailedError,
     StorageFullError,
+    UnreadableError,
 )
 
 _logger = logging.getLogger(__name__)
@@ -147,24 +147,24 @@ def translated(path: str) -> Iterator[None]:
 
 @contextmanager
 def readable(path: str) -> Iterator[None]:
-    """Take what the disk cannot read any more for the damage that it is: a file's, and no other's.
+    """Take what the disk cannot read for damage of that file, and of no other.
 
     Raises:
-        DamagedError: It cannot read ``path``.
+        UnreadableError: It cannot read ``path``.
     """
     try:
         yield
     except OSError as error:
         if error.errno != errno.EIO:
             raise
-        raise DamagedError(path, 0, "the disk cannot read it") from error
+        raise UnreadableError(path) from error
 
 
 def read_file(disk: Disk, path: str) -> bytes:
     """Return what is in a small file.
 
     Raises:
-        DamagedError: The disk cannot read it.
+        UnreadableError: The disk cannot read it.
     """
     with readable(path):
         file = disk.open(path)

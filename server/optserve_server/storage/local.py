@@ -182,13 +182,18 @@ class LocalStorage:
         with self._naming, translated(path):
             if self._is_there(*path.split("/")):
                 raise AlreadyStoredError(f"session {key.session_id} has a checkpoint {key.name!r}")
-            save_directory(
+            byte_count = save_directory(
                 self._disk,
                 path,
                 lambda other: write_snapshot(self._disk, other, snapshot, origin, owner.encode()),
             )
-            manifest = read_manifest(self._disk, path)
-            return _checkpoint(owner, manifest, tree_bytes(self._disk, path))
+        return Checkpoint(
+            key=key,
+            facts=owner.facts,
+            sequence=snapshot.sequence,
+            bytes_on_disk=byte_count,
+            origin=origin,
+        )
 
     def load_checkpoint(self, key: CheckpointKey) -> tuple[Checkpoint, Snapshot]:
         """See Storage."""

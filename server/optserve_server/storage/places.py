@@ -19,11 +19,13 @@ import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from optserve_server.core.storage import CheckpointKey, DamagedError, Json
 from optserve_server.storage.disk import Disk, Entry, read_file, remove_tree
 from optserve_server.storage.document import decode_document, encode_document
+
+_T = TypeVar("_T")
 
 VERSION = "version.json"
 LOCK = "lock"
@@ -169,18 +171,21 @@ def write_document(disk: Disk, path: str, content: dict[str, Json]) -> None:
         file.close()
 
 
-def save_directory(disk: Disk, path: str, write: Callable[[str], object]) -> None:
+def save_directory(disk: Disk, path: str, write: Callable[[str], _T]) -> _T:
     """Have a directory written under another name, and give it its own: whole or not at all.
 
     Args:
         disk: Where.
         path: Its name. What has it goes.
         write: Writes and syncs all that shall be in it; gets the other name.
+
+    Returns:
+        What ``write`` has returned.
     """
     unfinished = path + UNFINISHED
     remove_if_there(disk, unfinished)
     try:
-        write(unfinished)
+        written = write(unfinished)
         remove_if_there(disk, path)
         disk.rename(unfinished, path)
     except BaseException:
@@ -188,6 +193,7 @@ def save_directory(disk: Disk, path: str, write: Callable[[str], object]) -> Non
             remove_if_there(disk, unfinished)
         raise
     disk.sync_directory(path.rpartition("/")[0])
+    return written
 
 
 def remove_if_there(disk: Disk, path: str) -> None:

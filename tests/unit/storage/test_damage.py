@@ -19,7 +19,7 @@ from unit.storage.sessions import (
     stored,
 )
 
-from optserve_server.core.storage import DamagedError, StorageVersionError
+from optserve_server.core.storage import DamagedError, StorageVersionError, UnreadableError
 from optserve_server.storage.segment import HEAD_BYTES
 
 DIRECTORY = f"sessions/{SESSION}"
@@ -243,7 +243,7 @@ def test_what_the_disk_cannot_read_is_damage_of_its_session_and_no_other(unreada
     if unreadable == "head.json":  # Every manifest says the same.
         assert load(store) == (2, 3)
     else:
-        with pytest.raises(DamagedError, match="byte 0: the disk cannot read it"):
+        with pytest.raises(UnreadableError, match="byte 0: the disk cannot read it"):
             store.load()
     store.close()
     other = storage.open("07e5")

@@ -215,12 +215,13 @@ class Session:
             raise RefusalError("PARAMETERS_NOT_SET")
         if step not in (self.steps, self.steps + 1) or step == 0:
             raise RefusalError("STEP_OUT_OF_ORDER")
-        if step == self.steps or worker in self.round:
-            first = self.contributions[worker]
-            assert first is not None
-            if first.digest and digest and first.digest != digest:
-                raise RefusalError("STEP_CONFLICT")
-            return (self.last, True) if self.last and step == self.steps else None
+        if step == self.steps:
+            assert self.last is not None
+            self._check_same(self.last.digests[worker], digest)
+            return self.last, True
+        if worker in self.round:
+            self._check_same(self.round[worker][1], digest)
+            return None
         if bare and content:
             raise RefusalError("BYTE_COUNT_MISMATCH")
         if self.wanted.workers > 1:
@@ -374,6 +375,12 @@ class Session:
         self.steps, self._epoch_steps = self.steps + 1, self._epoch_steps + 1
         self.changes += 1
         return self.last
+
+    @staticmethod
+    def _check_same(first: bytes, digest: bytes) -> None:
+        """Make sure that what is sent again is what was sent first, as far as anybody can tell."""
+        if first and digest and first != digest:
+            raise RefusalError("STEP_CONFLICT")
 
     def _check_finite(self, content: Content) -> None:
         is_finite = all(gradient.isfinite().all() for gradient in content.values())
