@@ -6,6 +6,7 @@ import torch
 from drivers_grpc import StubDriver
 from event_loop import TIMEOUT_S
 from faults.durable import JOURNAL, durable_spec, stepped
+from paging import pages
 from refusals import translated
 from scenarios.models import model
 
@@ -42,13 +43,8 @@ class Checkpoints:
 
     def pages(self, page_size: int) -> list[list[str]]:
         """Return the names of all, by page."""
-        pages: list[list[str]] = []
-        token = ""
-        while not pages or token:
-            page = self.page(page_size=page_size, page_token=token)
-            pages.append([each.name for each in page.checkpoints])
-            token = page.next_page_token
-        return pages
+        found = pages(lambda token: self.page(page_size=page_size, page_token=token))
+        return [[each.name for each in page.checkpoints] for page in found]
 
     def restore(self, session_id: str, name: str = "best", **asked: str) -> Session:
         request = pb.RestoreCheckpointRequest(session_id=session_id, name=name, **asked)

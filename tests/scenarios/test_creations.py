@@ -10,6 +10,7 @@ import pytest
 import torch
 from drivers import Driver, take
 from event_loop import TIMEOUT_S
+from paging import pages
 from refusals import RefusedError, refused
 from scenarios.models import assert_same, gradients, model, spec
 
@@ -26,14 +27,8 @@ def request_id() -> str:
 
 
 def _ids(driver: Driver) -> list[str]:
-    ids: list[str] = []
-    token = ""
-    while True:
-        page = driver.sessions(page_token=token)
-        ids += [status.session_id for status in page.sessions]
-        token = page.next_page_token
-        if not token:
-            return ids
+    found = pages(lambda token: driver.sessions(page_token=token))
+    return [status.session_id for page in found for status in page.sessions]
 
 
 def test_a_repeat_is_answered_with_the_session_that_was_made_first(

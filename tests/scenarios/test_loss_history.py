@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from drivers import Driver, take
+from paging import point_pages
 from refusals import refused
 from scenarios.models import assert_same, create, gradients, spec
 from torch import Tensor
@@ -28,13 +29,10 @@ def _points(
     """Read all pages; return the points, and how many older ones are forgotten."""
     request = ListLossPointsRequest(session_id=session_id, split=split, page_size=page_size)
     points: list[LossPoint] = []
-    while True:
-        page = driver.loss_points(request)
+    for page in point_pages(driver, request):
         assert len(page.points) <= (page_size or len(page.points))
         points += page.points
-        if not page.next_page_token:
-            return points, page.forgotten
-        request.page_token = page.next_page_token
+    return points, page.forgotten
 
 
 def _of(value: float) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from drivers import Driver, take
+from paging import pages
 from refusals import refused
 from scenarios.models import assert_same, create, gradients, model, spec
 
@@ -17,14 +18,10 @@ from optserve.v1.session_pb2 import SessionState
 
 def _all_ids(driver: Driver, page_size: int) -> list[str]:
     ids: list[str] = []
-    token = ""
-    while True:
-        page = driver.sessions(page_size, token)
+    for page in pages(lambda token: driver.sessions(page_size, token)):
         assert len(page.sessions) <= page_size
         ids += [status.session_id for status in page.sessions]
-        token = page.next_page_token
-        if not token:
-            return ids
+    return ids
 
 
 def test_sessions_with_the_same_names_do_not_touch_each_other(driver: Driver) -> None:

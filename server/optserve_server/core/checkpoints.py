@@ -21,12 +21,12 @@ from optserve_server.core.errors import (
     JournalForeignError,
     NoStorageError,
     SessionDamagedError,
-    SessionFailedError,
     TooManyError,
 )
 from optserve_server.core.limits import Limits
 from optserve_server.core.persistence import Persistence
 from optserve_server.core.quotas import Quotas
+from optserve_server.core.recovery import withheld_error
 from optserve_server.core.spec_json import Read, SpecVersionError
 from optserve_server.core.state import SessionState, StateVersionError, to_snapshot, to_state
 from optserve_server.core.storage import (
@@ -283,11 +283,7 @@ def _open(persistence: Persistence, key: CheckpointKey) -> Opened:
             field="name",
         ) from error
     except UnreadableError as error:
-        _LOGGER.error("the disk has failed", extra={"cause": str(error)})  # noqa: TRY400 The cause is all that there is to know.
-        raise SessionFailedError(
-            "the server's disk has failed, and does not give the checkpoint back; nothing has been"
-            " changed"
-        ) from error
+        raise withheld_error("checkpoint", error) from error
     except (DamagedError, LookupError, TypeError, ValueError) as error:
         raise _damaged(key, error) from error
 

@@ -11,7 +11,12 @@ import torch
 from optserve_server.core.admission import session_bytes
 from optserve_server.core.changes import replay
 from optserve_server.core.device import Device
-from optserve_server.core.errors import JournalForeignError, OptserveError, SessionDamagedError
+from optserve_server.core.errors import (
+    JournalForeignError,
+    OptserveError,
+    SessionDamagedError,
+    SessionFailedError,
+)
 from optserve_server.core.history import POINT_BYTES
 from optserve_server.core.limits import Limits
 from optserve_server.core.persistence import Persistence
@@ -27,7 +32,7 @@ from optserve_server.core.storage import (
     SessionStore,
     SkippedSnapshot,
     Snapshot,
-    StorageFailedError,
+    StorageError,
     StorageVersionError,
     UnreadableError,
 )
@@ -129,11 +134,9 @@ def _recover(
         stepped_s = _replay(session, records, stepped_s, room)
     except (StorageVersionError, StateVersionError, SpecVersionError) as error:
         raise newer_error() from error
-    except UnreadableError as error:  # It need not be damage, and is nothing to delete it for.
-        raise StorageFailedError(str(error)) from error
+    except (UnreadableError, JournalForeignError):  # No damage, and no reason to delete it.
+        raise
     except (DamagedError, LookupError, TypeError, ValueError, OptserveError) as error:
-        if isinstance(error, JournalForeignError):
-            raise
         raise _damaged(store.session_id, error) from error
     _check_skipped(skipped, session, store.session_id)
     return Recovered(
@@ -211,13 +214,13 @@ def _check_skipped(skipped: Sequence[SkippedSnapshot], session: Session, session
 
     Raises:
         SessionDamagedError: The journal does not.
-        StorageFailedError: It is a newer one that the disk cannot read, perhaps for now only.
+        UnreadableError: It is a newer one that the disk cannot read, perhaps for now only.
     """
     for each in skipped:
         if session.sequence >= each.sequence:
             continue
         if isinstance(each.damage, UnreadableError):
-            raise StorageFailedError(str(each.damage)) from each.damage
+            raise each.damage
         if session.spec.durability.mode is DurabilityMode.JOURNAL:
             raise _damaged(session_id, each.damage) from each.damage
         _LOGGER.error(
@@ -244,6 +247,20 @@ def newer_error() -> JournalForeignError:
     return JournalForeignError(
         "a newer version of the server wrote the session; nothing is lost: start that one",
         field="session_id",
+    )
+
+
+def withheld_error(what: str, error: StorageError, **where: str) -> SessionFailedError:
+    """Log what the disk does not give back; return what its client is told, who may try again.
+
+    Args:
+        what: To the client.
+        error: Of the disk.
+        where: For the log.
+    """
+    _LOGGER.error("the disk has failed", extra={**where, "cause": str(error)})
+    return SessionFailedError(
+        f"the server's disk has failed, and does not give the {what} back; nothing has been changed"
     )
 
 

@@ -137,7 +137,7 @@ def _mean(
             continue
         loaded = device.load(gradient)
         if first is None:
-            # copy, if there is a target: a contribution to memory of the server's own.
+            # In the target, if there is one, no client can write to it any more.
             first = loaded if target is None else target.copy_(loaded)
             # A sum of FP16 overflows where its mean does not. The memory is that of a norm's copy.
             total = first.float() if first.dtype in _NARROW and workers > 1 else first

@@ -12,11 +12,17 @@ from optserve_server.core.catalogue import ParkedSession
 from optserve_server.core.creations import CreationRequest
 from optserve_server.core.disk_quotas import Footprint, snapshot_bytes
 from optserve_server.core.durability import Archive, exhausted
-from optserve_server.core.errors import NoStorageError, SessionDamagedError, SessionFailedError
+from optserve_server.core.errors import NoStorageError, SessionDamagedError
 from optserve_server.core.limits import Limits
 from optserve_server.core.persistence import Persistence
 from optserve_server.core.quotas import Quotas
-from optserve_server.core.recovery import damaged_error, newer_error, recover, tell_damage
+from optserve_server.core.recovery import (
+    damaged_error,
+    newer_error,
+    recover,
+    tell_damage,
+    withheld_error,
+)
 from optserve_server.core.state import to_snapshot
 from optserve_server.core.storage import (
     SessionStore,
@@ -24,6 +30,7 @@ from optserve_server.core.storage import (
     StorageFailedError,
     StorageFullError,
     StoredSession,
+    UnreadableError,
 )
 from optserve_server.core.surroundings import Surroundings
 from optserve_server.core.work import to_its_end
@@ -121,15 +128,8 @@ class Shelf:
         except SessionDamagedError:
             parked.damaged = True
             raise
-        except StorageFailedError as error:
-            _LOGGER.error(  # noqa: TRY400 The cause is all that there is to know.
-                "the disk has failed",
-                extra={"session": parked.session_id, "cause": str(error)},
-            )
-            raise SessionFailedError(
-                "the server's disk has failed, and does not give the session back; nothing has been"
-                " changed"
-            ) from error
+        except (StorageFailedError, UnreadableError) as error:
+            raise withheld_error("session", error, session=parked.session_id) from error
         actor = SessionActor(
             recovered.session,
             parked.opened,

@@ -159,7 +159,7 @@ class LocalStorage:
         """See Storage."""
         with translated(CHECKPOINTS):
             found = [
-                (owner.order, _checkpoint(owner, manifest, tree_bytes(self._disk, path)))
+                (owner.order, self._found(owner, manifest, path))
                 for owner, manifest, path in self._checkpoint_owners()
                 if tenant in (None, owner.tenant) and session_id in (None, owner.session_id)
             ]
@@ -187,13 +187,7 @@ class LocalStorage:
                 path,
                 lambda other: write_snapshot(self._disk, other, snapshot, origin, owner.encode()),
             )
-        return Checkpoint(
-            key=key,
-            facts=owner.facts,
-            sequence=snapshot.sequence,
-            bytes_on_disk=byte_count,
-            origin=origin,
-        )
+        return _checkpoint(owner, snapshot.sequence, origin, byte_count)
 
     def load_checkpoint(self, key: CheckpointKey) -> tuple[Checkpoint, Snapshot]:
         """See Storage."""
@@ -201,7 +195,7 @@ class LocalStorage:
         with translated(path):
             manifest, snapshot = read_snapshot(self._disk, path)
             owner = Owner.decode(path, manifest.owner)
-            checkpoint = _checkpoint(owner, manifest, tree_bytes(self._disk, path))
+            checkpoint = self._found(owner, manifest, path)
         if checkpoint.key != key:
             raise DamagedError(path, 0, "it is another checkpoint")
         return checkpoint, snapshot
@@ -257,6 +251,11 @@ class LocalStorage:
                 continue
         return None, damage
 
+    def _found(self, owner: Owner, manifest: Manifest, path: str) -> Checkpoint:
+        """Return the checkpoint in a directory."""
+        byte_count = tree_bytes(self._disk, path)
+        return _checkpoint(owner, manifest.sequence, manifest.origin, byte_count)
+
     def _checkpoint_owners(self) -> Iterator[tuple[Owner, Manifest, str]]:
         """Yield the checkpoints whose manifests can be read."""
         for entry in self._disk.entries(CHECKPOINTS):
@@ -297,12 +296,12 @@ def _prepare(disk: Disk) -> None:
         disk.sync_directory(directory)
 
 
-def _checkpoint(owner: Owner, manifest: Manifest, byte_count: int) -> Checkpoint:
+def _checkpoint(owner: Owner, sequence: int, origin: Origin, byte_count: int) -> Checkpoint:
     key = CheckpointKey(tenant=owner.tenant, session_id=owner.session_id, name=owner.name)
     return Checkpoint(
         key=key,
         facts=owner.facts,
-        sequence=manifest.sequence,
+        sequence=sequence,
         bytes_on_disk=byte_count,
-        origin=manifest.origin,
+        origin=origin,
     )

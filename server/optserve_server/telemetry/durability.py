@@ -48,7 +48,6 @@ class DurabilityMetrics:
             buckets=_STATE_BUCKETS_S,
             registry=registry,
         )
-
         self._archive_time = gauge(
             "optserve_last_archive_timestamp_seconds",
             "When the archive last had everything that was finished.",

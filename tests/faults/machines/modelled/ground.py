@@ -15,6 +15,7 @@ from faults.machines.modelled.world import Owned, Request, World
 from faults.strangers import ChannelDriver
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant
+from paging import pages
 from refusals import refused, translated
 
 from optserve.v1 import optimizer_service_pb2 as pb
@@ -174,20 +175,12 @@ class Ground(RuleBasedStateMachine):
 
     def _sessions(self, tenant: str) -> list[SessionStatus]:
         """Return a tenant's sessions, listed in pages of two."""
-        driver, found, token = self.driver(tenant), list[SessionStatus](), ""
-        while True:
-            page = driver.sessions(page_size=2, page_token=token)
-            found += page.sessions
-            token = page.next_page_token
-            if not token:
-                return found
+        driver = self.driver(tenant)
+        found = pages(lambda token: driver.sessions(page_size=2, page_token=token))
+        return [each for page in found for each in page.sessions]
 
     def _checkpoints(self, tenant: str) -> list[Checkpoint]:
         """Return a tenant's checkpoints, listed in pages of two."""
-        checkpoints, found, token = self.checkpoints(tenant), list[Checkpoint](), ""
-        while True:
-            page = checkpoints.page(page_size=2, page_token=token)
-            found += page.checkpoints
-            token = page.next_page_token
-            if not token:
-                return found
+        checkpoints = self.checkpoints(tenant)
+        found = pages(lambda token: checkpoints.page(page_size=2, page_token=token))
+        return [each for page in found for each in page.checkpoints]

@@ -17,6 +17,7 @@ from faults.machines.modelled.session import Contribution, Point, View
 from faults.machines.modelled.world import LIMITS
 from faults.strangers import ChannelDriver
 from messages import bytes_of
+from paging import point_pages
 from refusals import refused
 
 from optserve.v1 import optimizer_service_pb2 as pb
@@ -178,8 +179,7 @@ def points(
     """Return what is kept of a history, read in pages of one point, and how much is forgotten."""
     found: list[Point] = []
     request = pb.ListLossPointsRequest(session_id=session_id, split=split, page_size=1)
-    while True:
-        page = driver.loss_points(request)
+    for page in point_pages(driver, request):
         found += [
             Point(
                 sequence=each.sequence,
@@ -190,9 +190,7 @@ def points(
             )
             for each in page.points
         ]
-        if not page.next_page_token:
-            return found, page.forgotten
-        request.page_token = page.next_page_token
+    return found, page.forgotten
 
 
 def _momenta(session: Session) -> dict[str, float]:
