@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,10 +12,13 @@ from optserve_server.core.errors import NonFiniteGradientError
 from optserve_server.core.region import ALIGNMENT
 from optserve_server.core.spec import SessionSpec
 
-# A large gradient's norm is made of its rows' norms, added up in FP64: the squares of 25 million
-# FP32 in one sum missed the norm by 1e-3, and took half as long again.
-_NORM_ROW = 1 << 14
-_NORM_ROWS_FROM = 1 << 20  # Fewer elements take less time, and lose nothing, in one sum.
+ROW_ELEMENTS = 1 << 14
+"""A gradient's norm is made of its rows' norms, added up in FP64.
+
+The squares of 25 million FP32 in one sum missed the norm by 1e-3, and took half as long again. A
+row is too short to be given to several threads, which would round otherwise.
+"""
+_JOINED_FROM = 1 << 20  # Fewer elements gain nothing.
 # Too narrow for a sum of squares.
 _NORM_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
@@ -26,13 +29,27 @@ def norm_of(gradients: Sequence[Tensor | None]) -> float:
     Not finite only if one of them is not, or if it overflows.
     """
     present = [gradient for gradient in gradients if gradient is not None]
-    norms = [_norm(gradient) for gradient in _joined(present)]
+    norms = [norm for gradient in _joined(present) for norm in _row_norms(gradient)]
     if norms and norms[0].is_cuda:  # Where to look at each of them would be to wait for each.
         total: float = torch.linalg.vector_norm(
-            torch.stack([each.double() for each in norms])
+            torch.cat([norm.double().view(-1) for norm in norms])
         ).item()
         return total
-    return math.hypot(*(norm.item() for norm in norms))
+    return total_norm(value for norm in norms for value in norm.view(-1).tolist())
+
+
+def row_norms(part: Tensor) -> list[float]:
+    """Return the norms of which norm_of() makes the whole one, in order.
+
+    Args:
+        part: Of a gradient, on the CPU: flat, and all of it or some whole rows of it.
+    """
+    return [value for norm in _row_norms(part) for value in norm.view(-1).tolist()]
+
+
+def total_norm(norms: Iterable[float]) -> float:
+    """Return the norm that norm_of() would, given the rows' norms of all gradients, in order."""
+    return math.hypot(*norms)
 
 
 def check_finite(spec: SessionSpec, gradients: Sequence[Tensor | None], norm: float) -> None:
@@ -77,20 +94,20 @@ def _joined(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
             return gradients
         end += gap + gradient.nbytes
     count = (end - first.data_ptr()) // first.itemsize
-    return [first.as_strided((count,), (1,))] if count >= _NORM_ROWS_FROM else gradients
+    return [first.as_strided((count,), (1,))] if count >= _JOINED_FROM else gradients
 
 
-def _norm(gradient: Tensor) -> Tensor:
+def _row_norms(gradient: Tensor) -> list[Tensor]:
+    """Return the norms of all whole rows, and the norm of what is left."""
     dtype = _NORM_DTYPES.get(gradient.dtype)
-    parts = gradient
-    if gradient.numel() >= _NORM_ROWS_FROM:
-        flat = gradient.view(-1)
-        whole = flat.numel() - flat.numel() % _NORM_ROW
-        rows = torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_ROW), dim=1, dtype=dtype)
-        rest = torch.linalg.vector_norm(flat[whole:], dtype=dtype)
-        parts, dtype = torch.cat([rows, rest.view(1)]), torch.float64
-    norm: Tensor = torch.linalg.vector_norm(parts, dtype=dtype)
-    return norm
+    whole = gradient.numel() - gradient.numel() % ROW_ELEMENTS
+    if not whole:
+        return [torch.linalg.vector_norm(gradient, dtype=dtype)]
+    flat = gradient.view(-1)
+    norms = [torch.linalg.vector_norm(flat[:whole].view(-1, ROW_ELEMENTS), dim=1, dtype=dtype)]
+    if whole < flat.numel():
+        norms.append(torch.linalg.vector_norm(flat[whole:], dtype=dtype))
+    return norms
 
 
 def _largest(gradient: Tensor) -> float:

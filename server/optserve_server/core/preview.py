@@ -8,7 +8,8 @@ is given up or refused, and the step itself, once all gradients have come, compu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from optserve_server.core.device import Device
+from optserve_server.core.norms import row_norms, total_norm
 from optserve_server.core.optimizers import OptimizerKind
 
 # 1 MiB of FP32: small enough that a piece, its gradient and its state stay in cache together, and
@@ -55,6 +57,53 @@ def cut(position: int, parameter: Tensor, *, fused: bool) -> list[Piece] | None:
     return None
 
 
+class Cuts:
+    """A session's parameters in pieces: views, made once for all steps.
+
+    A call of torch lets others have the interpreter, and a thread that computes waits for it again
+    each time: on a busy server that takes longer than to compute.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Cut the parameters of an optimizer, which are contiguous."""
+        self.parameters = parameters
+        self.optimizer = optimizer
+        positions = {id(parameter): i for i, parameter in enumerate(parameters)}
+        self.groups = {
+            positions[id(parameter)]: number
+            for number, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+        }
+        """Number of each parameter's group, by position."""
+        self.fused = all(group.get("fused") for group in optimizer.param_groups)
+        """Whether fused kernels step all of them."""
+        self.pieces = [
+            cut(i, each, fused=bool(optimizer.param_groups[self.groups[i]].get("fused")))
+            for i, each in enumerate(parameters)
+        ]
+        """Of each parameter; None for one that cannot be had in pieces."""
+        self._views: dict[tuple[int, str], Sequence[Tensor]] = {}
+
+    def of(self, piece: Piece, name: str, tensor: Tensor) -> Tensor:
+        """Return a piece of a tensor that has the shape of the piece's parameter.
+
+        Args:
+            piece: Which one.
+            name: Of the tensor, among those of the parameter.
+            tensor: Contiguous.
+
+        Returns:
+            A flat view; of a tensor without dimensions, itself: torch counts steps in such.
+        """
+        if piece.element_count == tensor.numel():
+            return tensor if tensor.ndim < 2 else tensor.view(-1)
+        views = self._views.get((piece.position, name))
+        if views is None or views[0].data_ptr() != tensor.data_ptr():  # It may have been moved.
+            sizes = [each.element_count for each in self.pieces[piece.position] or ()]
+            views = self._views[piece.position, name] = tensor.view(-1).split_with_sizes(sizes)
+        return views[piece.first // PIECE_ELEMENTS]
+
+
 class Previewed(Protocol):
     """The session, as far as a preview looks at it."""
 
@@ -65,34 +114,19 @@ class Previewed(Protocol):
 class Preview:
     """Computes the next step's parameters. Void as soon as the session changes."""
 
-    def __init__(
-        self,
-        session: Previewed,
-        parameters: Sequence[Tensor],
-        optimizer: torch.optim.Optimizer,
-        kind: OptimizerKind,
-        device: Device,
-    ) -> None:
-        """Look ahead of the step that ``optimizer``, of ``kind``, will make of ``parameters``."""
+    def __init__(self, session: Previewed, cuts: Cuts, kind: OptimizerKind, device: Device) -> None:
+        """Look ahead of the step that the optimizer of ``cuts``, of ``kind``, will make."""
         self._session = session
         self._version = session.version
-        self._parameters = parameters
+        self._cuts = cuts
         self._kind = kind
         self._device = device
-        self._state: Mapping[Tensor, Mapping[str, Any]] = optimizer.state
-        groups: list[dict[str, Any]] = [{**each, "params": []} for each in optimizer.param_groups]
+        given = cuts.optimizer.param_groups
+        groups: list[dict[str, Any]] = [{**each, "params": []} for each in given]
         arguments = {name: groups[0][name] for name in kind.defaults if name in groups[0]}
         self._optimizer = kind.torch_class(groups, **arguments)
-        positions = {id(parameter): i for i, parameter in enumerate(parameters)}
-        self._groups = {
-            positions[id(parameter)]: number
-            for number, group in enumerate(optimizer.param_groups)
-            for parameter in group["params"]
-        }
-        self.pieces = [
-            cut(i, each, fused=bool(groups[self._groups[i]].get("fused")))
-            for i, each in enumerate(parameters)
-        ]
+        self._row_norms: dict[Piece, list[float]] = {}
+        self.pieces = cuts.pieces
         """Of each parameter; None for one that cannot be had in pieces."""
 
     @property
@@ -105,45 +139,92 @@ class Preview:
         """Whether the session has made exactly the step that was looked ahead of."""
         return self._session.version == self._version + 1
 
-    def compute(self, pieces: Iterable[tuple[Piece, Tensor]]) -> list[Tensor]:
-        """Return what the elements of each piece will be: flat tensors of their own, on the CPU.
+    @property
+    def norm(self) -> float | None:
+        """What norm_of() says of the gradients; None if not all of them have been looked at."""
+        norms: list[float] = []
+        for pieces in self.pieces:
+            if pieces is None or not all(piece in self._row_norms for piece in pieces):
+                return None
+            norms += (value for piece in pieces for value in self._row_norms[piece])
+        return total_norm(norms)
+
+    def compute(self, pieces: Sequence[tuple[Piece, Tensor]]) -> list[Tensor]:
+        """Return what the elements of each piece will be: flat tensors, on the CPU.
+
+        They share memory with each other, and with nothing else.
 
         Args:
             pieces: Each with the whole gradient of its parameter, on the CPU; only the piece's
                 elements are looked at.
         """
-        values = []
-        for piece, gradient in pieces:
-            parameter = self._parameters[piece.position]
-            group = self._optimizer.param_groups[self._groups[piece.position]]
-            value = _copy(parameter, parameter, piece)
-            loaded = self._device.load(_part(gradient, parameter, piece))
+        # For a second thread there is work beside this: bytes come and go. And kernels that are
+        # not fused may give other bits in one.
+        with _one_thread() if self._cuts.fused else nullcontext():
+            return self._compute(pieces)
+
+    def _compute(self, pieces: Sequence[tuple[Piece, Tensor]]) -> list[Tensor]:
+        cuts = self._cuts
+        parameters = [cuts.parameters[piece.position] for piece, _ in pieces]
+        states = [cuts.optimizer.state.get(each, {}) for each in parameters]
+        values = _copies(
+            [cuts.of(piece, "", each) for (piece, _), each in zip(pieces, parameters, strict=True)]
+        )
+        entries = iter(
+            _copies(
+                [
+                    cuts.of(piece, name, entry) if entry.shape == parameter.shape else entry
+                    for (piece, _), parameter, state in zip(pieces, parameters, states, strict=True)
+                    for name, entry in state.items()
+                    if isinstance(entry, Tensor)
+                ]
+            )
+        )
+        for (piece, gradient), value, state in zip(pieces, values, states, strict=True):
+            group = self._optimizer.param_groups[cuts.groups[piece.position]]
+            part = cuts.of(piece, "gradient", gradient)
+            if not self._device.is_cuda:  # There it is the norm of what is on the device.
+                self._row_norms[piece] = row_norms(part)
+            loaded = self._device.load(part)
             # Other kernels than fused ones may calculate in the gradient's own memory.
             value.grad = loaded if group.get("fused") else loaded.clone()
             group["params"].append(value)
             self._optimizer.state[value] = {
-                name: _copy(entry, parameter, piece) if isinstance(entry, Tensor) else entry
-                for name, entry in self._state.get(parameter, {}).items()
+                name: next(entries) if isinstance(entry, Tensor) else entry
+                for name, entry in state.items()
             }
-            values.append(value)
         try:
             self._kind.step(self._optimizer)
         finally:
             self._optimizer.state.clear()
             for group in self._optimizer.param_groups:
                 group["params"] = []
-        return [value.detach().view(-1).cpu() for value in values]
+        return [value.view(-1).cpu() for value in values]
 
 
-def _part(tensor: Tensor, parameter: Tensor, piece: Piece) -> Tensor:
-    """Return what belongs to a piece: its elements, or all of a tensor that has others.
+def _copies(originals: list[Tensor]) -> list[Tensor]:
+    """Return copies of tensors that have one dimension or none, with few calls of torch."""
+    alike: dict[tuple[torch.dtype, int], list[int]] = {}
+    for i, each in enumerate(originals):
+        alike.setdefault((each.dtype, each.ndim), []).append(i)
+    copies = list(originals)
+    for (dtype, dimensions), numbers in alike.items():
+        sizes = [originals[i].numel() for i in numbers]
+        memory = torch.empty(sum(sizes), dtype=dtype, device=originals[numbers[0]].device)
+        parts = memory.split_with_sizes(sizes) if dimensions else memory.unbind()
+        for i, part in zip(numbers, parts, strict=True):
+            copies[i] = part
+    if copies:
+        torch._foreach_copy_(copies, originals)
+    return copies
 
-    A whole tensor keeps its shape: torch counts steps in tensors that have none.
-    """
-    if tensor.shape != parameter.shape or piece.element_count == parameter.numel():
-        return tensor
-    return tensor.view(-1)[piece.first : piece.last]
 
-
-def _copy(tensor: Tensor, parameter: Tensor, piece: Piece) -> Tensor:
-    return _part(tensor, parameter, piece).clone()
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch calculate in this thread alone for a block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -27,6 +27,8 @@ class Round:
         self._gradients: list[Sequence[Tensor | None] | None] = [None] * workers
         self.digests = [b""] * workers
         """What identifies the content of each contribution; empty where no digest was sent."""
+        self.norm: float | None = None
+        """The mean's, if it is known."""
         self.arrivals_s: list[float] = []
         """When each contribution came."""
         self.closed: asyncio.Future[None] = loop.create_future()
@@ -48,6 +50,7 @@ class Round:
         """Take a worker's gradients, which stay as they are until the round is done."""
         self._gradients[contribution.worker] = contribution.gradients
         self.digests[contribution.worker] = contribution.digest
+        self.norm = contribution.norm if len(self.digests) == 1 else None
         self.arrivals_s.append(time_s)
         if not self.missing:
             self.closed.set_result(None)
@@ -91,6 +94,8 @@ class Contribution:
     """On the CPU, one for each parameter of the session; None where there is none."""
     targets: Sequence[Tensor]
     """The same tensors in the order in which they were announced, to be filled."""
+    norm: float | None = None
+    """Euclidean norm of the gradients, if it is known; see norm_of()."""
     settled: Round | StepOutcome | None
     """What answers it already, so that what is sent again is not to be stored.
 

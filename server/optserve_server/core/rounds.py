@@ -223,7 +223,7 @@ class Rounds:
         if session.is_small and at_once and self._work.lock.is_free:
             # The way to a thread and back would cost more than the step. Nobody can come between.
             with self._settling(round_):
-                session.step(round_.mean(self._device), round_.digests)
+                session.step(round_.mean(self._device), round_.digests, round_.norm)
         else:
             self._work.spawn(self._apply(round_))
         return round_
@@ -235,7 +235,7 @@ class Rounds:
 
         def step() -> None:
             gradients = round_.mean(self._device, into=self._private)
-            self._session.step(gradients, round_.digests)
+            self._session.step(gradients, round_.digests, round_.norm)
 
         async with self._work.lock.exclusive():
             with self._settling(round_):

@@ -1,8 +1,6 @@
 """A session: parameters, optimizer, schedule, loss and counters of one model.
 
-Pure of clocks, sockets and threads.
-
-Not safe for concurrent use: SessionActor lets one writer in at a time.
+Pure of clocks, sockets and threads. Not safe for concurrent use: SessionActor lets one writer in.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ from optserve_server.core.losses import LossFunction, LossOutcome
 from optserve_server.core.norms import check_finite, norm_of
 from optserve_server.core.optimizers import OPTIMIZERS
 from optserve_server.core.outcome import SessionView, StepOutcome
-from optserve_server.core.preview import Preview
+from optserve_server.core.preview import Cuts, Preview
 from optserve_server.core.region import Region
 from optserve_server.core.schedulers import Schedule
 from optserve_server.core.spec import ScheduleUnit, SessionSpec
@@ -98,6 +96,7 @@ class Session:
         """Number of the last change, from 1: those that a journal would hold."""
         self.recorder: Recorder | None = None
         self._region: Region | None = None
+        self._cuts: Cuts | None = None
 
     @classmethod
     def restored(cls, state: SessionState, device: Device, limits: Limits) -> Session:
@@ -287,11 +286,12 @@ class Session:
 
     def preview(self) -> Preview:
         """Return what computes the next step's parameters ahead of it."""
-        return Preview(self, self._parameters, self._optimizer, self._kind, self._device)
+        self._cuts = self._cuts or Cuts(self._parameters, self._optimizer)
+        return Preview(self, self._cuts, self._kind, self._device)
 
     def forget(self) -> None:
         """Let the tensors' memory go; there will be no more steps, and nobody to read them."""
-        self._parameters, self._mirrors, self._region = [], [], None
+        self._parameters, self._mirrors, self._region, self._cuts = [], [], None, None
         self._optimizer.state.clear()
         for group in self._optimizer.param_groups:
             group["params"] = []

@@ -19,17 +19,20 @@ from optserve_server.core.preview import Piece
 from optserve_server.rpc import transfer
 from optserve_server.rpc.encoded import ParameterSources
 
-# 2 MiB of FP32: the way to a thread and back is worth less than the shortest of them.
-_BATCH_ELEMENTS = 1 << 19
-# What may wait to be sent: 16 MiB of FP64. The rest is sent after the step.
-_WAITING_ELEMENTS_MAX = 1 << 21
+# What is computed at once: the way to a thread and back is worth less than the shortest batch. Each
+# takes a dozen calls of torch, at each of which the thread may have to wait for the interpreter: so
+# as it falls behind, they become longer.
+_BATCH_BYTES_MIN = 2 << 20
+_BATCH_BYTES_MAX = 4 << 20
+# What may wait to be sent. The rest is sent after the step.
+_WAITING_BYTES_MAX = 16 << 20
 # After so many, whoever wants to change the session gets a turn.
 _BATCHES_AT_A_TIME = 16
 
 MEMORY_BYTES = 48 << 20
 """What it takes at most.
 
-What waits, and a batch of FP64 with its gradients, its state and torch's temporaries: 7 of each.
+What waits, and a batch with its gradients, its state and torch's temporaries: 7 of each.
 """
 
 _Batch = list[tuple[Piece, Tensor]]  # With the values of its elements.
@@ -67,9 +70,9 @@ class Ahead:
         self._limits = limits
         self._coming = [list(reversed(pieces or ())) for pieces in self._preview.pieces]
         self._ready: deque[Piece] = deque()  # Their gradients are there.
-        # How many elements have become ready, been taken, and been sent; each is counted by one
-        # thread only.
-        self._ready_elements = self._taken_elements = self._sent_elements = 0
+        # How many bytes of parameters have become ready, been taken, and been sent; each is counted
+        # by one thread only.
+        self._ready_bytes = self._taken_bytes = self._sent_bytes = 0
         self._waiting: asyncio.Queue[_Batch | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._computed = [0] * len(gradients)  # How many elements of each parameter.
@@ -87,7 +90,7 @@ class Ahead:
         while coming and coming[-1].last <= element_count:
             piece = coming.pop()
             self._ready.append(piece)
-            self._ready_elements += piece.element_count
+            self._ready_bytes += self._byte_count(piece)
             self._changed.set()
 
     async def finish(self) -> None:
@@ -95,6 +98,11 @@ class Ahead:
         self._complete = True
         self._changed.set()
         await self._computing
+
+    @property
+    def norm(self) -> float | None:
+        """The gradients' norm, if it has become known on the way."""
+        return self._preview.norm
 
     @property
     def holds(self) -> bool:
@@ -164,10 +172,10 @@ class Ahead:
 
     def _is_worth_computing(self) -> bool:
         """Whether there is enough to compute, and room for it."""
-        ready = self._ready_elements - self._taken_elements
-        waiting = self._taken_elements - self._sent_elements
-        enough = ready >= _BATCH_ELEMENTS or (self._complete and ready > 0)
-        return enough and waiting < _WAITING_ELEMENTS_MAX and not self._stopped
+        ready = self._ready_bytes - self._taken_bytes
+        waiting = self._taken_bytes - self._sent_bytes
+        enough = ready >= _BATCH_BYTES_MIN or (self._complete and ready > 0)
+        return enough and waiting < _WAITING_BYTES_MAX and not self._stopped
 
     def _compute_ready(self) -> None:
         """Compute one batch after the other, in a thread: each way there and back takes its time.
@@ -186,14 +194,16 @@ class Ahead:
     def _take(self) -> list[Piece]:
         """Return the pieces of a batch."""
         pieces = [self._ready.popleft()]
-        elements = pieces[0].element_count
-        while self._ready:
-            elements += self._ready[0].element_count
-            if elements > _BATCH_ELEMENTS:
-                break
+        byte_count = self._byte_count(pieces[0])
+        while self._ready and byte_count + self._byte_count(self._ready[0]) <= _BATCH_BYTES_MAX:
             pieces.append(self._ready.popleft())
-        self._taken_elements += sum(piece.element_count for piece in pieces)
+            byte_count += self._byte_count(pieces[-1])
+        self._taken_bytes += byte_count
         return pieces
+
+    def _byte_count(self, piece: Piece) -> int:
+        """Return how many bytes the elements of a parameter have, as its gradient's do."""
+        return piece.element_count * self._gradients[piece.position].itemsize
 
     def _pass_on(self, pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
         for piece in pieces:
@@ -207,7 +217,7 @@ class Ahead:
                     return
                 # For as long as gradients come, the client may have its reasons not to read.
                 await self._write_counted(chunks)
-            self._sent_elements += sum(piece.element_count for piece, _ in batch)
+            self._sent_bytes += sum(values.nbytes for _, values in batch)
             self._changed.set()
 
     def _parts(self, batch: _Batch) -> Iterator[wire.Part]:

@@ -221,6 +221,7 @@ class _WorkerStream:
         self._observer.bytes_moved(Direction.RECEIVED, step.byte_count)
         if self._ahead:
             await self._ahead.finish()
+            contribution = dataclasses.replace(contribution, norm=self._ahead.norm)
         outcome, replayed = await self._actor.commit(contribution)
         started_s = time.perf_counter()
         on_the_whole = transfer.on_the_whole(self._byte_count, self._limits)

@@ -17,10 +17,10 @@ from torch import Tensor
 from optserve.allocator import keep_freed_memory
 from optserve_server.core.device import Device
 from optserve_server.core.optimizers import OPTIMIZERS, build, effective_hyperparameters
-from optserve_server.core.preview import Preview
+from optserve_server.core.preview import Cuts, Preview
 
 ELEMENTS = 25_000_000
-PIECES_AT_A_TIME = 2  # As rpc/ahead.py asks for them.
+PIECES_AT_A_TIME = 4  # As rpc/ahead.py asks for them.
 ROUNDS = 12
 CASES: dict[str, dict[str, float]] = {"SGD": {"lr": 0.1, "momentum": 0.9}, "Adam": {}}
 
@@ -45,8 +45,10 @@ def _measured(name: str, given: dict[str, float]) -> list[str]:
     in_force = effective_hyperparameters(kind, given, [parameter.dtype])
     optimizer = build(kind, [([parameter], in_force)])
 
+    cuts = Cuts([parameter], optimizer)
+
     def preview() -> None:
-        ahead = Preview(_Standing(), [parameter], optimizer, kind, Device("cpu"))
+        ahead = Preview(_Standing(), cuts, kind, Device("cpu"))
         pieces = [(piece, gradient) for piece in ahead.pieces[0] or ()]
         for first in range(0, len(pieces), PIECES_AT_A_TIME):
             ahead.compute(pieces[first : first + PIECES_AT_A_TIME])

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from optserve_server.core import preview as preview_module
 from optserve_server.core.device import Device
+from optserve_server.core.norms import ROW_ELEMENTS, norm_of
 from optserve_server.core.optimizers import OPTIMIZERS, build, effective_hyperparameters
-from optserve_server.core.preview import PIECE_ELEMENTS, Piece, Preview, cut
+from optserve_server.core.preview import PIECE_ELEMENTS, Cuts, Piece, Preview, cut
 
 UNIT_BYTES = 64  # What torch's fused kernels treat alike, whatever the processor's registers hold.
 STEPS = 3
@@ -66,6 +67,7 @@ class Training:
             in_force = effective_hyperparameters(self.kind, given, [dtype])
             groups.append((self.parameters[number::2], in_force))
         self.optimizer = build(self.kind, groups)
+        self._cuts = Cuts(self.parameters, self.optimizer)
 
     def gradients(self) -> list[Tensor]:
         """Return new gradients, one for each parameter."""
@@ -73,7 +75,7 @@ class Training:
 
     def preview(self) -> Preview:
         """Look ahead of the next step."""
-        return Preview(self.standing, self.parameters, self.optimizer, self.kind, Device("cpu"))
+        return Preview(self.standing, self._cuts, self.kind, Device("cpu"))
 
     def step(self, gradients: Sequence[Tensor]) -> None:
         """Take the step itself, whole."""
@@ -122,7 +124,13 @@ def _assert_foretold(training: Training, *, batch: int) -> int:
     """Take a step; return of how many parameters a preview knew the bits."""
     gradients, preview = training.gradients(), training.preview()
     before = training.everything(), [bytes_of(each) for each in gradients]
+    assert preview.norm is None
     foretold = _joined(preview, gradients, batch=batch)
+    if any(pieces is None for pieces in preview.pieces):
+        assert preview.norm is None
+    else:
+        near = 0.0 if preview_module.PIECE_ELEMENTS % ROW_ELEMENTS == 0 else 1e-3
+        assert preview.norm == pytest.approx(norm_of(gradients), rel=near, abs=0), "to the bit"
     assert (training.everything(), [bytes_of(each) for each in gradients]) == before
     assert (preview.is_void, preview.came_true) == (False, False)
     training.step(gradients)
@@ -195,6 +203,7 @@ def test_fused_bits_are_the_same_for_any_number_of_threads(
 def test_a_piece_is_a_multiple_of_what_the_kernels_treat_alike(dtype: torch.dtype) -> None:
     assert PIECE_ELEMENTS * dtype.itemsize % UNIT_BYTES == 0
     assert SMALL_PIECE * dtype.itemsize % UNIT_BYTES == 0
+    assert PIECE_ELEMENTS % ROW_ELEMENTS == 0, "or their norms would not make the whole one"
 
 
 @pytest.mark.skipif(
@@ -226,3 +235,14 @@ def test_kernels_that_promise_nothing_get_whole_tensors() -> None:
     ]
     assert cut(0, torch.empty(0, 3), fused=True) == []
     assert cut(0, torch.empty(()), fused=False) == [Piece(position=0, first=0, last=1)]
+
+
+def test_a_preview_sees_tensors_that_have_been_moved() -> None:
+    """A session moves its parameters into memory that it shares, and keeps the tensors."""
+    case = FIRST_OF_KIND["Adam"]
+    training = Training(case, torch.float32, [(2 * PIECE_ELEMENTS,)])
+    _assert_foretold(training, batch=1)
+    moved = training.parameters[0].clone()
+    training.parameters[0].data = moved
+    training.optimizer.state[training.parameters[0]]["exp_avg"].data = torch.ones_like(moved)
+    _assert_foretold(training, batch=1)

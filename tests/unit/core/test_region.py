@@ -190,6 +190,21 @@ def test_a_session_steps_in_shared_memory_as_in_its_own() -> None:
             assert torch.equal(mine, theirs)
 
 
+def test_the_norm_of_gradients_is_the_same_in_any_number_of_threads() -> None:
+    generator = torch.Generator().manual_seed(3)
+    before = torch.get_num_threads()
+    try:
+        for count in (100, 16_383, 16_384, 40_000, 65_537, 300_001, 1_500_000):
+            gradient = torch.randn(count, generator=generator)
+            norms = set()
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                norms.add(norm_of([gradient, gradient[: count // 2]]))
+            assert len(norms) == 1, count
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_norm_of_a_large_gradient_is_exact() -> None:
     torch.manual_seed(0)
     gradients = [torch.randn(5_000_011), None, torch.randn(3, 5)]
