@@ -11,7 +11,7 @@ KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
-WINDOW_BYTES = 4 * MIB
+WINDOW_BYTES = 8 * MIB
 """How much of a call may come that nobody has asked for yet, by default: some chunks, so that a
 sender need not wait for each of them to be taken. No limit to be refused by: HTTP/2 has a client
 wait."""
