@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from random import Random
 
 from optserve_server.core.storage import StorageBusyError
@@ -346,6 +347,21 @@ class MemoryDisk:
         if not isinstance(node, Node):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         return node
+
+
+@contextmanager
+def broken(disk: MemoryDisk, *operations: str) -> Iterator[None]:
+    """Have a disk fail in operations that begin so, for a block."""
+
+    def fail(operation: str) -> None:
+        if operation.startswith(operations):
+            raise OSError(errno.EIO, "the disk is broken")
+
+    disk.before = fail
+    try:
+        yield
+    finally:
+        disk.before = lambda _: None
 
 
 def _put(data: bytearray, offset: int, piece: bytes) -> None:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from faults.disks import MemoryDisk
+from faults.disks import MemoryDisk, broken
 from faults.durable import (
     FSYNC,
     HERE,
@@ -114,15 +114,11 @@ def test_a_disk_that_fails_ends_the_session_and_a_restart_brings_back_what_was_a
         session_id = server.driver.create(durable_spec(FSYNC), model()).status.session_id
         expected = stepped(server.driver, session_id, 1, 2)
 
-        def fail(operation: str) -> None:
-            if operation.startswith("sync"):
-                raise OSError(5, "the disk is broken")
-
-        server.disk.before = fail
-        with refused("SESSION_FAILED"):
-            stepped(server.driver, session_id, 3, 3)
-        with refused("SESSION_FAILED"):
-            server.driver.end_epoch(session_id, 1)
+        with broken(server.disk, "sync"):
+            with refused("SESSION_FAILED"):
+                stepped(server.driver, session_id, 3, 3)
+            with refused("SESSION_FAILED"):
+                server.driver.end_epoch(session_id, 1)
         status = server.driver.get(session_id).status
         assert status.state == SessionState.SESSION_STATE_FAILED
         assert status.durable_steps == 2  # The third one may be there, or not.
@@ -140,15 +136,31 @@ def test_an_epoch_whose_end_the_disk_failed_in_is_not_answered_as_if_it_had_ende
         session_id = server.driver.create(durable_spec(FSYNC), model()).status.session_id
         stepped(server.driver, session_id, 1, 2)
 
-        def fail(operation: str) -> None:
-            if operation.startswith("sync"):
-                raise OSError(5, "the disk is broken")
-
-        server.disk.before = fail
         for _ in range(2):  # A client that has no answer asks again.
-            with refused("SESSION_FAILED"):
+            with broken(server.disk, "sync"), refused("SESSION_FAILED"):
                 server.driver.end_epoch(session_id, 1)
-        server.disk.before = lambda _: None
+
+
+@pytest.mark.parametrize("where", ["in memory", "on disk"])
+@pytest.mark.parametrize("operation", ["rename sessions", "sync sessions/", "remove sessions"])
+def test_a_session_that_the_disk_keeps_can_be_deleted_again(operation: str, where: str) -> None:
+    with durable_server() as server:
+        session_id = server.driver.create(durable_spec(JOURNAL), model()).status.session_id
+        stepped(server.driver, session_id, 1, 2)
+        if where == "on disk":
+            assert server.loop.run(server.registry.park_idle(0)) == [session_id]
+        for _ in range(2):
+            with broken(server.disk, operation), refused("SESSION_FAILED"):
+                server.driver.delete(session_id)
+            assert [each.session_id for each in server.driver.sessions().sessions] == [session_id]
+        server.driver.delete(session_id)
+        assert not server.driver.sessions().sessions
+        with refused("SESSION_NOT_FOUND"):
+            server.driver.delete(session_id)
+        assert server.registry.budget.reserved_bytes == 0
+        disk = server.killed()
+    with durable_server(disk) as server:
+        assert not server.driver.sessions().sessions
 
 
 def _damage(disk: MemoryDisk, session_id: str, kind: str) -> None:
@@ -238,18 +250,12 @@ def test_a_disk_that_does_not_give_a_session_back_now_may_do_so_later(
         disk = server.killed()
     last = max(path for path in paths(disk) if unreadable in path)
 
-    def fail(operation: str) -> None:
-        if operation in (f"open {last}", f"read {last}"):
-            raise OSError(5, "the disk is broken")
-
     with durable_server(disk) as server:
-        disk.before = fail
         # It is no damage, and no reason to go on from an older snapshot.
         for _ in range(2):
-            with refused("SESSION_FAILED"):
+            with broken(disk, f"open {last}", f"read {last}"), refused("SESSION_FAILED"):
                 server.driver.get(session_id)
         assert "the disk has failed" in caplog.text
-        disk.before = lambda _: None
         assert see(server.driver, session_id) == seen
 
 

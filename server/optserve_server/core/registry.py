@@ -18,6 +18,7 @@ from optserve_server.core.catalogue import ParkedSession
 from optserve_server.core.checkpoints import Checkpoints
 from optserve_server.core.creations import CreationRequest, Creations
 from optserve_server.core.errors import (
+    SessionFailedError,
     SessionNotFoundError,
     TooManyError,
     draining_error,
@@ -197,6 +198,7 @@ class SessionRegistry:
 
         Raises:
             SessionNotFoundError: As of find().
+            SessionFailedError: The disk has failed, and keeps it; it may be deleted again.
         """
         while (parked := self._parked(tenant, session_id)) and parked.is_moving:
             await parked.stay()
@@ -206,14 +208,17 @@ class SessionRegistry:
             session = actor
         if session is None:
             raise _not_found(session_id)
-        self._actors.pop(session_id, None)
-        del self._order[session_id]
-        self.creations.forget(session_id)
-        if actor is not None and session is actor:
+        gone = functools.partial(self._gone, session)
+        if actor is None or session is not actor:
+            assert self._shelf is not None
+            assert parked is not None
+            await self._shelf.discard(parked, gone)
+            return session
+        del self._actors[session_id]
+        if self._shelf and actor.archive:
+            await self._shelf.remove(actor, self._leave(actor), gone)
+        else:
             await to_its_end(actor.work.spawn(self._close(actor)))
-        elif self._shelf and parked:
-            self.quotas.close(tenant)
-            await self._shelf.discard(parked)
         return session
 
     async def expire_idle(
@@ -236,8 +241,9 @@ class SessionRegistry:
             durable = actor is None or actor.archive is not None
             timeout_s = durable_idle_timeout_s if durable else idle_timeout_s
             if session.idle_s() > timeout_s:
-                await self.delete(session.opened.tenant, session_id)
-                expired.append(session_id)
+                with suppress(SessionFailedError):  # It has been logged, and is tried again.
+                    await self.delete(session.opened.tenant, session_id)
+                    expired.append(session_id)
         return expired
 
     async def park_idle(self, park_timeout_s: float) -> list[str]:
@@ -324,9 +330,14 @@ class SessionRegistry:
         try:
             await self._leave(actor)
         finally:
-            self.quotas.close(actor.opened.tenant)
-            if self._shelf and actor.archive:
-                await self._shelf.remove(actor)
+            self._gone(actor)
+
+    def _gone(self, session: Listed) -> None:
+        """Note that nothing is left of a session."""
+        session_id, tenant = session.opened.session_id, session.opened.tenant
+        del self._order[session_id]
+        self.creations.forget(session_id)
+        self.quotas.close(tenant)
 
     def _parked(self, tenant: str, session_id: str) -> ParkedSession | None:
         parked = self._shelf.parked.get(session_id) if self._shelf else None

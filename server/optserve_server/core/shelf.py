@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +13,7 @@ from optserve_server.core.catalogue import ParkedSession
 from optserve_server.core.creations import CreationRequest
 from optserve_server.core.disk_quotas import Footprint, snapshot_bytes
 from optserve_server.core.durability import Archive, exhausted
-from optserve_server.core.errors import NoStorageError, SessionDamagedError
+from optserve_server.core.errors import NoStorageError, SessionDamagedError, SessionFailedError
 from optserve_server.core.limits import Limits
 from optserve_server.core.persistence import Persistence
 from optserve_server.core.quotas import Quotas
@@ -25,8 +26,10 @@ from optserve_server.core.recovery import (
 )
 from optserve_server.core.state import to_snapshot
 from optserve_server.core.storage import (
+    NotStoredError,
     SessionStore,
     Storage,
+    StorageError,
     StorageFailedError,
     StorageFullError,
     StoredSession,
@@ -128,7 +131,7 @@ class Shelf:
         except SessionDamagedError:
             parked.damaged = True
             raise
-        except (StorageFailedError, UnreadableError) as error:
+        except (NotStoredError, StorageFailedError, UnreadableError) as error:
             raise withheld_error("session", error, session=parked.session_id) from error
         actor = SessionActor(
             recovered.session,
@@ -167,35 +170,65 @@ class Shelf:
             actor: Serves it; found by nobody any more.
             leaving: Takes it out of memory.
         """
+        parked = self._lay(actor)
+        await parked.moved(lambda: self._left(actor, leaving))
+
+    async def remove(
+        self, actor: SessionActor, leaving: Coroutine[Any, Any, None], gone: Callable[[], None]
+    ) -> None:
+        """Take a session out of memory, and delete it; until that is done, it is a parked one.
+
+        Args:
+            actor: Serves it; found by nobody any more.
+            leaving: Takes it out of memory.
+            gone: Called once nothing is left of it.
+
+        Raises:
+            SessionFailedError: The disk has failed; the session stays parked.
+        """
+        parked = self._lay(actor)
+
+        async def remove() -> None:
+            await self._left(actor, leaving)
+            await self._delete(parked, gone)
+
+        await parked.moved(remove)
+
+    async def discard(self, parked: ParkedSession, gone: Callable[[], None]) -> None:
+        """Delete a session that lies on disk only; see remove()."""
+        await parked.moved(lambda: self._delete(parked, gone))
+
+    def _lay(self, actor: SessionActor) -> ParkedSession:
+        """Note that a session is on its way to lie on disk only."""
         stored = StoredSession(
             session_id=actor.session_id, facts=actor.facts(), sequence=0, bytes_on_disk=0
         )
         parked = ParkedSession(stored, self._surroundings.monotonic)
         self._parked[actor.session_id] = parked
         self._tell()
+        return parked
 
-        async def leave() -> None:
-            await leaving
-            if actor.archive:
-                await actor.archive.close()
-
-        await parked.moved(leave)
-
-    async def remove(self, actor: SessionActor) -> None:
-        """Delete what is on disk of a session that is no longer in memory."""
+    async def _left(self, actor: SessionActor, leaving: Coroutine[Any, Any, None]) -> None:
+        """Wait until a session has left memory, and writes nothing any more."""
+        await leaving
         if actor.archive:
             await actor.archive.close()
-            storage = self._persistence.storage
-            await self._persistence.run(lambda: storage.delete(actor.session_id))
-            self._quotas.disk.settle(actor.opened.tenant, actor.session_id, 0)
 
-    async def discard(self, parked: ParkedSession) -> None:
-        """Delete a session that lies on disk only."""
-        del self._parked[parked.session_id]
+    async def _delete(self, parked: ParkedSession, gone: Callable[[], None]) -> None:
+        session_id, storage = parked.session_id, self._persistence.storage
+        try:
+            with suppress(NotStoredError):  # When it was deleted before, what came next failed.
+                await self._persistence.run(lambda: storage.delete(session_id))
+        except StorageError as error:
+            cause = {"session": session_id, "cause": str(error)}
+            _LOGGER.error("the disk has failed", extra=cause)  # noqa: TRY400 The cause is all that there is to know.
+            raise SessionFailedError(
+                "the server's disk has failed, and may keep the session; delete it again later"
+            ) from error
+        del self._parked[session_id]
         self._tell()
-        storage = self._persistence.storage
-        await self._persistence.run(lambda: storage.delete(parked.session_id))
-        self._quotas.disk.settle(parked.opened.tenant, parked.session_id, 0)
+        self._quotas.disk.settle(parked.opened.tenant, session_id, 0)
+        gone()
 
     def _keep(
         self, actor: SessionActor, store: SessionStore, kept_bytes: int, *, saved_steps: int

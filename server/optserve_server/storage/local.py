@@ -130,7 +130,7 @@ class LocalStorage:
             disk.sync_directory(unfinished)
 
         with translated(path):
-            if self._is_there(SESSIONS, session_id):
+            if self._is_there(session_directory(session_id)):
                 raise AlreadyStoredError(f"there is a session {session_id}")
             save_directory(disk, path, write)
         return LocalSessionStore(owner, self._surroundings, sequence=snapshot.sequence)
@@ -138,7 +138,7 @@ class LocalStorage:
     def open(self, session_id: str) -> LocalSessionStore:
         """See Storage."""
         with translated(SESSIONS):
-            if not self._is_there(SESSIONS, session_id):
+            if not self._is_there(session_directory(session_id)):
                 raise NotStoredError(f"there is no session {session_id}")
             owner, damage = self._session_owner(session_id)
         if owner is None:
@@ -149,9 +149,8 @@ class LocalStorage:
     def delete(self, session_id: str) -> None:
         """See Storage."""
         with translated(SESSIONS):
-            if not self._is_there(SESSIONS, session_id):
-                raise NotStoredError(f"there is no session {session_id}")
-            self._delete(session_directory(session_id))
+            missing = NotStoredError(f"there is no session {session_id}")
+            self._delete(session_directory(session_id), missing)
 
     def checkpoints(
         self, tenant: str | None = None, session_id: str | None = None
@@ -180,7 +179,7 @@ class LocalStorage:
         )
         origin = self._surroundings.origin
         with self._naming, translated(path):
-            if self._is_there(*path.split("/")):
+            if self._is_there(path):
                 raise AlreadyStoredError(f"session {key.session_id} has a checkpoint {key.name!r}")
             byte_count = save_directory(
                 self._disk,
@@ -191,8 +190,11 @@ class LocalStorage:
 
     def load_checkpoint(self, key: CheckpointKey) -> tuple[Checkpoint, Snapshot]:
         """See Storage."""
-        path = self._checkpoint_path(key)
+        missing = _no_checkpoint(key)
+        path = _checkpoint_path(key, missing)
         with translated(path):
+            if not self._is_there(path):
+                raise missing
             manifest, snapshot = read_snapshot(self._disk, path)
             owner = Owner.decode(path, manifest.owner)
             checkpoint = self._found(owner, manifest, path)
@@ -202,32 +204,37 @@ class LocalStorage:
 
     def delete_checkpoint(self, key: CheckpointKey) -> None:
         """See Storage."""
-        path = self._checkpoint_path(key)
+        missing = _no_checkpoint(key)
+        path = _checkpoint_path(key, missing)
         with translated(path):
-            self._delete(path)
+            self._delete(path, missing)
 
     def close(self) -> None:
         """See Storage."""
         self._commits.close()
         self._disk.close()
 
-    def _is_there(self, parent: str, name: str) -> bool:
+    def _is_there(self, path: str) -> bool:
+        parent, _, name = path.rpartition("/")
         return any(entry.name == name for entry in self._disk.entries(parent))
 
-    def _checkpoint_path(self, key: CheckpointKey) -> str:
-        missing = NotStoredError(f"session {key.session_id!r} has no checkpoint {key.name!r}")
-        if not _SESSION_ID.fullmatch(key.session_id):  # Anything: callers ask for what they like.
-            raise missing
-        path = checkpoint_directory(key)
-        with translated(path):
-            if not self._is_there(*path.split("/")):
-                raise missing
-        return path
+    def _delete(self, path: str, missing: NotStoredError) -> None:
+        """Delete a directory: at once under its name, then what was in it.
 
-    def _delete(self, path: str) -> None:
-        """Delete a directory: at once under its name, then what was in it."""
-        self._disk.rename(path, path + DELETED)
-        self._disk.sync_directory(path.rpartition("/")[0])
+        What the disk has failed in before is gone on with.
+
+        Raises:
+            NotStoredError: ``missing``: there is none, and nothing left of one.
+        """
+        parent, _, name = path.rpartition("/")
+        names = {entry.name for entry in self._disk.entries(parent)}
+        if name in names:
+            if name + DELETED in names:  # Left of another one of this name.
+                remove_tree(self._disk, path + DELETED)
+            self._disk.rename(path, path + DELETED)
+        elif name + DELETED not in names:
+            raise missing
+        self._disk.sync_directory(parent)
         remove_tree(self._disk, path + DELETED)
 
     def _session_owners(self) -> Iterator[tuple[Owner | None, str, DamagedError | None]]:
@@ -294,6 +301,21 @@ def _prepare(disk: Disk) -> None:
     # relies on them, and so they must survive a loss of power from now on.
     for directory in ("", SESSIONS, CHECKPOINTS):
         disk.sync_directory(directory)
+
+
+def _no_checkpoint(key: CheckpointKey) -> NotStoredError:
+    return NotStoredError(f"session {key.session_id!r} has no checkpoint {key.name!r}")
+
+
+def _checkpoint_path(key: CheckpointKey, missing: NotStoredError) -> str:
+    """Return where a checkpoint lies, if it does.
+
+    Raises:
+        NotStoredError: ``missing``: it cannot, whatever is on disk. Callers ask for what they like.
+    """
+    if not _SESSION_ID.fullmatch(key.session_id):
+        raise missing
+    return checkpoint_directory(key)
 
 
 def _checkpoint(owner: Owner, sequence: int, origin: Origin, byte_count: int) -> Checkpoint:
