@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import threading
 from collections.abc import Callable, Coroutine
@@ -23,8 +24,20 @@ def _shared_loop() -> asyncio.AbstractEventLoop:
     (grpc/grpc#42357).
     """
     loop = asyncio.new_event_loop()
+    loop.set_exception_handler(_tell)
     threading.Thread(target=loop.run_forever, name="servers", daemon=True).start()
     return loop
+
+
+def _tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what a callback has raised, as asyncio does, but for what cannot be helped.
+
+    grpc.aio's poller goes with the last server, and with it what the loop is about to read from.
+    """
+    error, handle = context.get("exception"), context.get("handle")
+    gone = isinstance(error, OSError) and error.errno == errno.EBADF
+    if not (gone and isinstance(handle, asyncio.Handle) and handle.cancelled()):
+        loop.default_exception_handler(context)
 
 
 class EventLoopThread:
