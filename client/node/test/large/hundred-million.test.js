@@ -3,12 +3,13 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 
 import { connect } from '../../src/index.js';
+import { setting } from '../setting.js';
 
 const PARAMETERS = 100_000_000;
 const TENSOR_BYTES = 4 * PARAMETERS;
 
 test('a session of 100 million parameters trains, in the memory of parameters and gradients', async () => {
-  const client = connect(/** @type {string} */ (process.env.OPTSERVE_ADDRESS));
+  const client = connect(setting('ADDRESS'));
   const weight = new Float32Array(PARAMETERS - 1000);
   const bias = new Float32Array(1000);
   const session = await client.createSession({

@@ -2,15 +2,13 @@
 import { after } from 'node:test';
 
 import { connect } from '../../src/index.js';
+import { setting } from '../setting.js';
 import { Proxy } from './proxy.js';
 
 /** @typedef {import('../../src/index.js').Client} Client */
 
-if (process.env.OPTSERVE_ADDRESS === undefined)
-  throw new Error('OPTSERVE_ADDRESS must name a server');
-
 /** Of the server. */
-export const address = process.env.OPTSERVE_ADDRESS;
+export const address = setting('ADDRESS');
 export const ELEMENTS = 1 << 20; // 4 MiB: more than a message holds.
 export const ones = new Float32Array(ELEMENTS).fill(1);
 

@@ -9,6 +9,7 @@ import { after, test } from 'node:test';
 import { setTimeout as delay } from 'node:timers/promises';
 
 import { connect, UnauthenticatedError } from '../../src/index.js';
+import { setting } from '../setting.js';
 
 const PATIENCE_MS = 30_000;
 
@@ -82,11 +83,4 @@ function connected(token) {
   const client = connect(setting('ADDRESS'), { token });
   after(() => client.close());
   return client;
-}
-
-/** @param {string} name */
-function setting(name) {
-  const value = process.env[`OPTSERVE_${name}`];
-  if (value === undefined) throw new Error(`OPTSERVE_${name} must be set`);
-  return value;
 }

@@ -7,6 +7,7 @@ import { readFileSync } from 'node:fs';
 import { after, test } from 'node:test';
 
 import { connect, UnauthenticatedError, UnavailableError } from '../../src/index.js';
+import { setting } from '../setting.js';
 
 const address = setting('ADDRESS');
 const [token, foreign] = setting('TOKENS').split(',');
@@ -63,11 +64,4 @@ function connected(options) {
   const client = connect(address, options);
   after(() => client.close());
   return client;
-}
-
-/** @param {string} name */
-function setting(name) {
-  const value = process.env[`OPTSERVE_${name}`];
-  if (value === undefined) throw new Error(`OPTSERVE_${name} must be set`);
-  return value;
 }

@@ -6,15 +6,14 @@ import { join } from 'node:path';
 import { after, test } from 'node:test';
 
 import { connect } from '../../src/index.js';
+import { setting } from '../setting.js';
 
 /** @typedef {import('../../src/index.js').Client} Client */
 
 const ELEMENTS = 1 << 20; // 4 MiB, and its state twice that: more than a message holds.
 const gradients = { w: new Float32Array(ELEMENTS).fill(1) };
 
-if (process.env.OPTSERVE_ADDRESS === undefined)
-  throw new Error('OPTSERVE_ADDRESS must name a server');
-const client = connect(process.env.OPTSERVE_ADDRESS);
+const client = connect(setting('ADDRESS'));
 const folder = await mkdtemp(join(tmpdir(), 'optserve-'));
 after(async () => {
   await client.close();

@@ -18,9 +18,9 @@ def checkpoint_document(path: Path) -> Document:
     content = path.read_bytes()
     begin = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
     header = json.loads(content[_LENGTH_BYTES:begin])
-    metadata = header.pop("__metadata__")
+    metadata, values = header.pop("__metadata__"), content[begin:]
     return {
-        "tensors": [_tensor(name, header[name], content[begin:]) for name in sorted(header)],
+        "tensors": [_tensor(name, header[name], values) for name in sorted(header)],
         "rates": json.loads(metadata["rates"]),
         "numbers": json.loads(metadata["numbers"]),
     }
