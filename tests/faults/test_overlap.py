@@ -8,6 +8,7 @@ from itertools import chain, zip_longest
 import pytest
 import torch
 from faults.overlapping import (
+    SHAPES,
     Local,
     World,
     adam_spec,
@@ -200,6 +201,17 @@ def test_a_change_in_the_middle_makes_the_answer_start_afresh(
         assert (answer.begins, answer.parameters) == (2, local.step(LAST))
         answer = stream.step(LAST + 1, gradients(LAST + 1))
         assert (answer.begins, answer.parameters) == (1, local.step(LAST + 1))
+
+
+def test_kernels_that_take_the_place_of_fused_ones_get_whole_tensors(world: World) -> None:
+    with world.session() as session_id:
+        actor = world.loop.run(world.registry.find("", session_id))
+        pieces = world.loop.call(actor.session.preview).pieces
+        assert all(each is not None for each in pieces)
+        plain = choose(Optimizer(), Adam(lr=0.5, fused=False))
+        world.driver.update(pb.UpdateSessionRequest(session_id=session_id, optimizer=plain))
+        pieces = world.loop.call(actor.session.preview).pieces
+        assert [each is None for each in pieces] == [name in ("large", "second") for name in SHAPES]
 
 
 def _looked_at(world: World, session_id: str) -> None:

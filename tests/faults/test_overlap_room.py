@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,11 +12,13 @@ from faults.overlapping import (
     adam_spec,
     begin_half,
     disturb_often,
+    gradients,
     model,
     overlapping,
 )
 from scenarios.models import spec
 from streams import bytes_by_position
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from optserve.v1.optimizer_pb2 import SGD
 from optserve.v1.session_pb2 import SessionSpec
@@ -84,6 +86,27 @@ def test_without_room_steps_are_answered_after_their_last_gradient() -> None:
                     answer = stream.answer()
                     assert (answer.begins, answer.parameters) == (1, local.step(step))
                     world.until(lambda: world.registry.budget.reserved_bytes == session_bytes)
+
+
+def _watched(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
+    """Return what tells whether nothing keeps the memory of any of the tensors."""
+    kept = [StorageWeakRef(each.untyped_storage()) for each in tensors]  # type: ignore[no-untyped-call]
+    return lambda: all(each.expired() for each in kept)  # type: ignore[no-untyped-call]
+
+
+def test_memory_that_a_session_lets_go_is_not_kept_by_what_was_looked_ahead_of() -> None:
+    with overlapping() as world, world.session() as session_id:
+        actor = world.loop.run(world.registry.find("", session_id))
+        with world.stream(session_id) as stream:
+            for step in (1, 2):
+                stream.step(step, gradients(step))
+            staged = world.loop.call(lambda: actor.begin(0, 3, None).targets)  # As at each step.
+            are_gone = _watched(staged)
+            del staged
+        world.until(are_gone)
+        are_gone = _watched(actor.session.parameters)
+        world.loop.call(actor.session.share)  # Which moves them.
+        assert are_gone()
 
 
 def test_two_hundred_disturbed_steps_leave_no_task_and_no_memory_reserved() -> None:

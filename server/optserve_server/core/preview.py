@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from optserve_server.core.optimizers import OptimizerKind
 # 1 MiB of FP32: small enough that a piece, its gradient and its state stay in cache together, and
 # large enough that the way to a thread is no matter.
 PIECE_ELEMENTS = 1 << 18
+
+_Views: TypeAlias = dict[tuple[int, str], Sequence[Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,26 +84,28 @@ class Cuts:
             for i, each in enumerate(parameters)
         ]
         """Of each parameter; None for one that cannot be had in pieces."""
-        self._views: dict[tuple[int, str], Sequence[Tensor]] = {}
+        self.views: _Views = {}
+        """Of what stays as long as the session does."""
 
-    def of(self, piece: Piece, name: str, tensor: Tensor) -> Tensor:
+    def of(self, piece: Piece, name: str, tensor: Tensor, views: _Views) -> Tensor:
         """Return a piece of a tensor that has the shape of the piece's parameter.
 
         Args:
             piece: Which one.
             name: Of the tensor, among those of the parameter.
             tensor: Contiguous.
+            views: Where views of it are kept, and its memory with them.
 
         Returns:
             A flat view; of a tensor without dimensions, itself: torch counts steps in such.
         """
         if piece.element_count == tensor.numel():
             return tensor if tensor.ndim < 2 else tensor.view(-1)
-        views = self._views.get((piece.position, name))
-        if views is None or views[0].data_ptr() != tensor.data_ptr():  # It may have been moved.
+        parts = views.get((piece.position, name))
+        if parts is None or parts[0].data_ptr() != tensor.data_ptr():  # It may have been moved.
             sizes = [each.element_count for each in self.pieces[piece.position] or ()]
-            views = self._views[piece.position, name] = tensor.view(-1).split_with_sizes(sizes)
-        return views[piece.first // PIECE_ELEMENTS]
+            parts = views[piece.position, name] = tensor.view(-1).split_with_sizes(sizes)
+        return parts[piece.first // PIECE_ELEMENTS]
 
 
 class Previewed(Protocol):
@@ -126,6 +130,7 @@ class Preview:
         arguments = {name: groups[0][name] for name in kind.defaults if name in groups[0]}
         self._optimizer = kind.torch_class(groups, **arguments)
         self._row_norms: dict[Piece, list[float]] = {}
+        self._views: _Views = {}  # Of gradients, whose memory goes while nobody brings any.
         self.pieces = cuts.pieces
         """Of each parameter; None for one that cannot be had in pieces."""
 
@@ -168,12 +173,17 @@ class Preview:
         parameters = [cuts.parameters[piece.position] for piece, _ in pieces]
         states = [cuts.optimizer.state.get(each, {}) for each in parameters]
         values = _copies(
-            [cuts.of(piece, "", each) for (piece, _), each in zip(pieces, parameters, strict=True)]
+            [
+                cuts.of(piece, "", parameter, cuts.views)
+                for (piece, _), parameter in zip(pieces, parameters, strict=True)
+            ]
         )
         entries = iter(
             _copies(
                 [
-                    cuts.of(piece, name, entry) if entry.shape == parameter.shape else entry
+                    cuts.of(piece, name, entry, cuts.views)
+                    if entry.shape == parameter.shape
+                    else entry
                     for (piece, _), parameter, state in zip(pieces, parameters, states, strict=True)
                     for name, entry in state.items()
                     if isinstance(entry, Tensor)
@@ -182,7 +192,7 @@ class Preview:
         )
         for (piece, gradient), value, state in zip(pieces, values, states, strict=True):
             group = self._optimizer.param_groups[cuts.groups[piece.position]]
-            part = cuts.of(piece, "gradient", gradient)
+            part = cuts.of(piece, "gradient", gradient, self._views)
             if not self._device.is_cuda:  # There it is the norm of what is on the device.
                 self._row_norms[piece] = row_norms(part)
             loaded = self._device.load(part)
@@ -204,13 +214,14 @@ class Preview:
 
 def _copies(originals: list[Tensor]) -> list[Tensor]:
     """Return copies of tensors that have one dimension or none, with few calls of torch."""
-    alike: dict[tuple[torch.dtype, int], list[int]] = {}
+    # By device too: beside CUDA, kernels that are not fused count their steps on the CPU.
+    alike: dict[tuple[torch.dtype, torch.device, int], list[int]] = {}
     for i, each in enumerate(originals):
-        alike.setdefault((each.dtype, each.ndim), []).append(i)
+        alike.setdefault((each.dtype, each.device, each.ndim), []).append(i)
     copies = list(originals)
-    for (dtype, dimensions), numbers in alike.items():
+    for (dtype, device, dimensions), numbers in alike.items():
         sizes = [originals[i].numel() for i in numbers]
-        memory = torch.empty(sum(sizes), dtype=dtype, device=originals[numbers[0]].device)
+        memory = torch.empty(sum(sizes), dtype=dtype, device=device)
         parts = memory.split_with_sizes(sizes) if dimensions else memory.unbind()
         for i, part in zip(numbers, parts, strict=True):
             copies[i] = part

@@ -200,7 +200,7 @@ class Session:
                 shared.copy_(mirror)
                 # The tensor remains the one that the optimizer's state belongs to.
                 mirror.data = shared
-            self._mirrors = list(self._mirrors)  # Whoever has kept views of them sees the change.
+            self._mirrors, self._cuts = list(self._mirrors), None  # Views keep the old memory.
         return self._region
 
     def check_ready(self) -> None:
@@ -357,7 +357,7 @@ class Session:
                 self._schedule.rebase(position, rate)
             elif rate_set:
                 torch_groups[position]["lr"] = rate
-        self.spec, self._loss = spec, loss
+        self.spec, self._loss, self._cuts = spec, loss, None  # Cut as ``fused`` was.
         self.version += 1
 
     def add_point(self, point: LossPoint) -> None:

@@ -237,6 +237,14 @@ def test_kernels_that_promise_nothing_get_whole_tensors() -> None:
     assert cut(0, torch.empty(()), fused=False) == [Piece(position=0, first=0, last=1)]
 
 
+def test_copies_are_on_the_devices_of_their_originals() -> None:
+    """Beside CUDA, the steps of kernels that are not fused are counted on the CPU."""
+    originals = [torch.ones((), device=device) for device in ("cpu", "meta", "cpu")]
+    copies = preview_module._copies(originals)
+    assert [each.device for each in copies] == [each.device for each in originals]
+    assert (copies[0].item(), copies[2].item()) == (1.0, 1.0)
+
+
 def test_a_preview_sees_tensors_that_have_been_moved() -> None:
     """A session moves its parameters into memory that it shares, and keeps the tensors."""
     case = FIRST_OF_KIND["Adam"]
