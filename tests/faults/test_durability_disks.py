@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from event_loop import TIMEOUT_S
 from faults.disks import MemoryDisk, broken
 from faults.durable import (
     FSYNC,
@@ -161,6 +165,35 @@ def test_a_session_that_the_disk_keeps_can_be_deleted_again(operation: str, wher
         disk = server.killed()
     with durable_server(disk) as server:
         assert not server.driver.sessions().sessions
+
+
+@pytest.mark.parametrize("durability", [Durability(), JOURNAL], ids=["in-memory", "on-disk"])
+def test_a_request_that_comes_again_while_its_session_is_deleted_makes_another(
+    durability: Durability,
+) -> None:
+    wanted, reading, read = durable_spec(durability), threading.Event(), threading.Event()
+    with durable_server() as server, ThreadPoolExecutor() as threads:
+        first = server.driver.create(wanted, model(), "again").status.session_id
+        actor = server.loop.run(server.registry.find("", first))
+
+        async def hold() -> None:
+            async with actor.work.lock.shared():
+                reading.set()
+                await asyncio.to_thread(read.wait, TIMEOUT_S)
+
+        holding = server.loop.start(hold())
+        assert reading.wait(TIMEOUT_S)
+        deletion = threads.submit(server.driver.delete, first)
+        while not actor.closed:
+            time.sleep(0.001)
+        creation = threads.submit(server.driver.create, wanted, model(), "again")
+        time.sleep(0.1)
+        read.set()
+        holding.result()
+        assert deletion.result().session_id == first
+        second = creation.result().status.session_id
+        assert [each.session_id for each in server.driver.sessions().sessions] == [second]
+        assert server.driver.create(wanted, model(), "again").status.session_id == second
 
 
 def _damage(disk: MemoryDisk, session_id: str, kind: str) -> None:

@@ -218,6 +218,7 @@ class SessionRegistry:
         if self._shelf and actor.archive:
             await self._shelf.remove(actor, self._leave(actor), gone)
         else:
+            self.creations.forget(session_id)  # At once: nothing can keep it.
             await to_its_end(actor.work.spawn(self._close(actor)))
         return session
 

@@ -10,7 +10,7 @@ from optserve.v1 import optimizer_service_pb2 as pb
 from optserve_server.core.actor import SessionActor
 from optserve_server.core.beginning import Beginning
 from optserve_server.core.creations import CreationRequest
-from optserve_server.core.errors import LimitExceededError, within
+from optserve_server.core.errors import LimitExceededError, SessionNotFoundError, within
 from optserve_server.core.events import Direction
 from optserve_server.core.limits import Limits
 from optserve_server.core.tenant import TenantRegistry
@@ -66,7 +66,10 @@ async def once(
     async def made() -> str:
         return (await make(wanted)).session_id
 
-    return await registry.find(await registry.creations.once(wanted, made))
+    try:
+        return await registry.find(await registry.creations.once(wanted, made))
+    except SessionNotFoundError:  # It was being deleted, and is forgotten by now.
+        return await registry.find(await registry.creations.once(wanted, made))
 
 
 def log_created(actor: SessionActor, what: str) -> None:
