@@ -42,7 +42,7 @@ from optserve_server.telemetry.metrics import Build, Metrics
 
 _LOGGER = logging.getLogger(__name__)
 _EXPIRY_INTERVALS = 10  # How often within the idle time sessions are looked through.
-_DISK_THREADS = 4  # They wait more than they work; one disk does not get faster by more.
+_DISK_THREADS = 4  # They wait, or replay journals; one disk does not get faster by more.
 _MEMORY_INTERVAL_S = 1.0  # How often the allocator is asked what it keeps: 0.1 to 0.4 ms.
 _LAME_DUCK_S = 0.25  # Calls that are on their way get an answer, not a broken connection.
 
@@ -68,7 +68,11 @@ async def serve(config: Config) -> None:
     keep_freed_memory()
     metrics_registry, metrics = _metrics(config, device)
     with ExitStack() as stack:
-        executor = stack.enter_context(_executor(config))
+        cores = config.torch_threads or torch.get_num_threads()
+        # What is small enough to be computed here, on the event loop, ends before a second core
+        # would have been woken, which torch's fused kernels do for any size.
+        torch.set_num_threads(1)
+        executor = stack.enter_context(_executor(config.threads, "optserve", cores))
         surroundings = Surroundings(
             device=device,
             executor=executor,
@@ -76,7 +80,7 @@ async def serve(config: Config) -> None:
             observer=metrics,
             shared_memory=config.shared_memory,
             overlap=Overlap(config.overlap),
-            persistence=stack.enter_context(_persistence(config, device, metrics)),
+            persistence=stack.enter_context(_persistence(config, device, cores, metrics)),
         )
         registry = SessionRegistry(config.limits(device.memory_bytes()), surroundings)
         if parked := await registry.load():
@@ -137,24 +141,17 @@ def _access(config: Config) -> Access:
     )
 
 
-def _executor(config: Config) -> ThreadPoolExecutor:
-    """Return the threads that compute, and keep torch on this thread, the event loop's, to itself.
-
-    torch's number of cores is a matter of each thread. What is small enough to be computed here
-    ends before a second core would have been woken, which torch's fused kernels do for any size.
-    """
-    cores = config.torch_threads or torch.get_num_threads()
-    torch.set_num_threads(1)
+def _executor(count: int, name: str, cores: int) -> ThreadPoolExecutor:
+    """Return threads that compute with torch on so many cores: a matter of each thread."""
     return ThreadPoolExecutor(
-        config.threads,
-        thread_name_prefix="optserve",
-        initializer=torch.set_num_threads,
-        initargs=(cores,),
+        count, thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(cores,)
     )
 
 
 @contextmanager
-def _persistence(config: Config, device: Device, metrics: Metrics) -> Iterator[Persistence | None]:
+def _persistence(
+    config: Config, device: Device, cores: int, metrics: Metrics
+) -> Iterator[Persistence | None]:
     """Open the data directory for a block; None if there is to be none.
 
     Raises:
@@ -178,10 +175,9 @@ def _persistence(config: Config, device: Device, metrics: Metrics) -> Iterator[P
             mirror = Mirror(disk, archive)
             shipping = Shipping(mirror, metrics, interval_s=config.archive_interval_s)
             stack.callback(shipping.close)  # After the last snapshot, and before the disk goes.
-        executor = ThreadPoolExecutor(_DISK_THREADS, thread_name_prefix="optserve-disk")
         yield Persistence(
             storage=storage,
-            executor=stack.enter_context(executor),
+            executor=stack.enter_context(_executor(_DISK_THREADS, "optserve-disk", cores)),
             origin=origin,
             replay_foreign=config.replay_foreign_journals,
         )

@@ -139,10 +139,22 @@ def test_an_epoch_whose_end_the_disk_failed_in_is_not_answered_as_if_it_had_ende
     with durable_server() as server:
         session_id = server.driver.create(durable_spec(FSYNC), model()).status.session_id
         stepped(server.driver, session_id, 1, 2)
-
         for _ in range(2):  # A client that has no answer asks again.
             with broken(server.disk, "sync"), refused("SESSION_FAILED"):
                 server.driver.end_epoch(session_id, 1)
+
+
+@pytest.mark.parametrize("operation", ["sync sessions/", "list sessions/", "rename sessions/"])
+def test_of_a_session_that_the_disk_fails_to_create_nothing_is_left(operation: str) -> None:
+    with durable_server() as server:
+        with broken(server.disk, operation), refused("SESSION_FAILED"):
+            server.driver.create(durable_spec(JOURNAL), model())
+        assert not server.driver.sessions().sessions
+        assert server.registry.budget.reserved_bytes == 0
+        disk = server.killed()
+    with durable_server(disk) as server:
+        assert not server.driver.sessions().sessions
+        assert not paths(disk, "sessions")
 
 
 @pytest.mark.parametrize("where", ["in memory", "on disk"])

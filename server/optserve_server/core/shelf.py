@@ -83,6 +83,7 @@ class Shelf:
 
         Raises:
             StorageExhaustedError: There is no room.
+            SessionFailedError: The disk has failed.
         """
         actor.request = request
         session, storage = actor.session, self._persistence.storage
@@ -93,7 +94,11 @@ class Shelf:
             snapshot = to_snapshot(state, about)
             disk.admit(tenant, actor.session_id, snapshot_bytes(snapshot))
             store = storage.create(actor.session_id, facts, snapshot)
-            return store, store.kept_bytes
+            try:
+                return store, store.kept_bytes
+            except BaseException:
+                _destroy(storage, store)
+                raise
 
         creating = actor.work.spawn(self._persistence.run(create))
         try:
@@ -105,6 +110,8 @@ class Shelf:
             disk.settle(tenant, actor.session_id, 0)
             if isinstance(error, StorageFullError):
                 raise exhausted(error, "durability") from None
+            if isinstance(error, StorageFailedError):
+                raise _failed_error(actor.session_id, error, "no session was created") from error
             raise
         self._keep(actor, store, kept_bytes, saved_steps=session.steps)
 
@@ -220,11 +227,8 @@ class Shelf:
             with suppress(NotStoredError):  # When it was deleted before, what came next failed.
                 await self._persistence.run(lambda: storage.delete(session_id))
         except StorageError as error:
-            cause = {"session": session_id, "cause": str(error)}
-            _LOGGER.error("the disk has failed", extra=cause)  # noqa: TRY400 The cause is all that there is to know.
-            raise SessionFailedError(
-                "the server's disk has failed, and may keep the session; delete it again later"
-            ) from error
+            told = "it may keep the session: delete it again later"
+            raise _failed_error(session_id, error, told) from error
         del self._parked[session_id]
         self._tell()
         self._quotas.disk.settle(parked.opened.tenant, session_id, 0)
@@ -265,6 +269,12 @@ def no_storage_error() -> NoStorageError:
         field="durability.mode",
         expected="NONE",
     )
+
+
+def _failed_error(session_id: str, error: StorageError, told: str) -> SessionFailedError:
+    """Log that the disk has failed in something; return what the client is told of it."""
+    _LOGGER.error("the disk has failed", extra={"session": session_id, "cause": str(error)})
+    return SessionFailedError(f"the server's disk has failed; {told}")
 
 
 def _destroy(storage: Storage, store: SessionStore) -> None:

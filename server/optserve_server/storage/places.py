@@ -192,7 +192,15 @@ def save_directory(disk: Disk, path: str, write: Callable[[str], _T]) -> _T:
         with contextlib.suppress(OSError):
             remove_if_there(disk, unfinished)
         raise
-    disk.sync_directory(path.rpartition("/")[0])
+    parent = path.rpartition("/")[0]
+    try:
+        disk.sync_directory(parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            disk.rename(path, unfinished)
+            disk.sync_directory(parent)  # Or it may have the name again when the power has gone.
+            remove_if_there(disk, unfinished)
+        raise
     return written
 
 
