@@ -35,7 +35,7 @@ test: $(DEV) $(GENERATE) $(WHERE_NPM_IS) ## Run the tests, but those that move h
 test-large: $(DEV) $(WHERE_NPM_IS) ## Run the tests that move hundreds of megabytes
 	@exec $(BIN)/pytest -m large $(ARGS)
 
-soak: $(DEV) $(SOAK) ## Break things, many times over, and count what was lost; says how long it takes
+soak: $(DEV) $(SOAK) $(WHERE_NPM_IS) ## Break things, many times over, and count what was lost; says how long it takes
 	@cd tests && exec ../$(BIN)/python -m faults.machines --share $(SOAK_SHARE) $(ARGS)
 
 exam: $(DEV) $(WHERE_NPM_IS) ## Examine every client against a real server
