@@ -28,21 +28,19 @@ def norm_of(gradients: Sequence[Tensor | None]) -> float:
 
     Not finite only if one of them is not, or if it overflows.
     """
-    present = [gradient for gradient in gradients if gradient is not None]
-    norms = [norm for gradient in _joined(present) for norm in _row_norms(gradient)]
-    if norms and norms[0].is_cuda:  # Where to look at each of them would be to wait for each.
-        total: float = torch.linalg.vector_norm(
-            torch.cat([norm.double().view(-1) for norm in norms])
-        ).item()
+    joined = _joined([gradient for gradient in gradients if gradient is not None])
+    if joined and joined[0].is_cuda:  # Where to look at each norm would be to wait for each.
+        norms = [norm.double().view(-1) for each in joined for norm in _row_norms(each)]
+        total: float = torch.linalg.vector_norm(torch.cat(norms)).item()
         return total
-    return total_norm(value for norm in norms for value in norm.view(-1).tolist())
+    return total_norm(value for each in joined for value in row_norms(each))
 
 
 def row_norms(part: Tensor) -> list[float]:
     """Return the norms of which norm_of() makes the whole one, in order.
 
     Args:
-        part: Of a gradient, on the CPU: flat, and all of it or some whole rows of it.
+        part: Of a gradient, on the CPU: all of it, or, flat, some whole rows of it.
     """
     return [value for norm in _row_norms(part) for value in norm.view(-1).tolist()]
 

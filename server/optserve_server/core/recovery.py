@@ -251,17 +251,21 @@ def newer_error() -> JournalForeignError:
 
 
 def withheld_error(what: str, error: StorageError, **where: str) -> SessionFailedError:
-    """Log what the disk does not give back; return what its client is told, who may try again.
+    """Return what is told of what the disk does not give back; see disk_failed_error()."""
+    told = f", and does not give the {what} back; nothing has been changed"
+    return disk_failed_error(told, error, **where)
+
+
+def disk_failed_error(told: str, error: StorageError, **where: str) -> SessionFailedError:
+    """Log that the disk has failed; return what its client is told, who may try again.
 
     Args:
-        what: To the client.
+        told: To the client, after that.
         error: Of the disk.
         where: For the log.
     """
     _LOGGER.error("the disk has failed", extra={**where, "cause": str(error)})
-    return SessionFailedError(
-        f"the server's disk has failed, and does not give the {what} back; nothing has been changed"
-    )
+    return SessionFailedError(f"the server's disk has failed{told}")
 
 
 def damaged_error() -> SessionDamagedError:

@@ -13,12 +13,13 @@ from optserve_server.core.catalogue import ParkedSession
 from optserve_server.core.creations import CreationRequest
 from optserve_server.core.disk_quotas import Footprint, snapshot_bytes
 from optserve_server.core.durability import Archive, exhausted
-from optserve_server.core.errors import NoStorageError, SessionDamagedError, SessionFailedError
+from optserve_server.core.errors import NoStorageError, SessionDamagedError
 from optserve_server.core.limits import Limits
 from optserve_server.core.persistence import Persistence
 from optserve_server.core.quotas import Quotas
 from optserve_server.core.recovery import (
     damaged_error,
+    disk_failed_error,
     newer_error,
     recover,
     tell_damage,
@@ -111,7 +112,8 @@ class Shelf:
             if isinstance(error, StorageFullError):
                 raise exhausted(error, "durability") from None
             if isinstance(error, StorageFailedError):
-                raise _failed_error(actor.session_id, error, "no session was created") from error
+                told = "; no session was created"
+                raise disk_failed_error(told, error, session=actor.session_id) from error
             raise
         self._keep(actor, store, kept_bytes, saved_steps=session.steps)
 
@@ -227,8 +229,8 @@ class Shelf:
             with suppress(NotStoredError):  # When it was deleted before, what came next failed.
                 await self._persistence.run(lambda: storage.delete(session_id))
         except StorageError as error:
-            told = "it may keep the session: delete it again later"
-            raise _failed_error(session_id, error, told) from error
+            told = "; it may keep the session: delete it again later"
+            raise disk_failed_error(told, error, session=session_id) from error
         del self._parked[session_id]
         self._tell()
         self._quotas.disk.settle(parked.opened.tenant, session_id, 0)
@@ -269,12 +271,6 @@ def no_storage_error() -> NoStorageError:
         field="durability.mode",
         expected="NONE",
     )
-
-
-def _failed_error(session_id: str, error: StorageError, told: str) -> SessionFailedError:
-    """Log that the disk has failed in something; return what the client is told of it."""
-    _LOGGER.error("the disk has failed", extra={"session": session_id, "cause": str(error)})
-    return SessionFailedError(f"the server's disk has failed; {told}")
 
 
 def _destroy(storage: Storage, store: SessionStore) -> None:

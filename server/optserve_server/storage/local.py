@@ -190,11 +190,10 @@ class LocalStorage:
 
     def load_checkpoint(self, key: CheckpointKey) -> tuple[Checkpoint, Snapshot]:
         """See Storage."""
-        missing = _no_checkpoint(key)
-        path = _checkpoint_path(key, missing)
+        path = _checkpoint_path(key)
         with translated(path):
             if not self._is_there(path):
-                raise missing
+                raise _no_checkpoint(key)
             manifest, snapshot = read_snapshot(self._disk, path)
             owner = Owner.decode(path, manifest.owner)
             checkpoint = self._found(owner, manifest, path)
@@ -204,10 +203,9 @@ class LocalStorage:
 
     def delete_checkpoint(self, key: CheckpointKey) -> None:
         """See Storage."""
-        missing = _no_checkpoint(key)
-        path = _checkpoint_path(key, missing)
+        path = _checkpoint_path(key)
         with translated(path):
-            self._delete(path, missing)
+            self._delete(path, _no_checkpoint(key))
 
     def close(self) -> None:
         """See Storage."""
@@ -307,14 +305,14 @@ def _no_checkpoint(key: CheckpointKey) -> NotStoredError:
     return NotStoredError(f"session {key.session_id!r} has no checkpoint {key.name!r}")
 
 
-def _checkpoint_path(key: CheckpointKey, missing: NotStoredError) -> str:
+def _checkpoint_path(key: CheckpointKey) -> str:
     """Return where a checkpoint lies, if it does.
 
     Raises:
-        NotStoredError: ``missing``: it cannot, whatever is on disk. Callers ask for what they like.
+        NotStoredError: It cannot, whatever is on disk. Callers ask for what they like.
     """
     if not _SESSION_ID.fullmatch(key.session_id):
-        raise missing
+        raise _no_checkpoint(key)
     return checkpoint_directory(key)
 
 
