@@ -9,6 +9,7 @@ ever there in encoded form as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from optserve.v1.tensor_pb2 import Encoding
 
@@ -18,17 +19,35 @@ BLOCK_ELEMENTS = 256
 SCALE_BYTES = 4
 """What stands before the codes of a block."""
 
-# Elements that are converted at a time: 127 KiB of FP32, so that what is made of them on the way
-# stays in the processor's second cache; a multiple of the block. From 32,768 on torch would give
-# each operation to several threads, and on a busy server wait for the slowest of them each time.
 PIECE_ELEMENTS = 127 * BLOCK_ELEMENTS
+"""Elements of blocks that are converted at a time, at most.
 
-_UNITS: dict[Encoding.ValueType, tuple[int, int]] = {
-    Encoding.ENCODING_BF16: (1, 2),
-    Encoding.ENCODING_FP16: (1, 2),
-    Encoding.ENCODING_INT8_BLOCKS: (BLOCK_ELEMENTS, SCALE_BYTES + BLOCK_ELEMENTS),
+127 KiB of FP32, so that what is made of them on the way stays in the processor's second cache. From
+32,768 on torch would give each operation to several threads, and on a busy server wait for the
+slowest of them each time.
+"""
+# Nothing is made of halves on the way, and a conversion is one call: at each, a thread may have to
+# wait for the interpreter. 1 MiB of FP32, and half a message.
+_HALVES_AT_A_TIME = 1 << 18
+
+
+class _Unit(NamedTuple):
+    """What of an encoding can be encoded on its own."""
+
+    elements: int
+    byte_count: int
+    piece_elements: int
+    """How many are converted at a time, at most; of whole units."""
+
+
+_HALF = _Unit(1, 2, _HALVES_AT_A_TIME)
+_UNITS: dict[Encoding.ValueType, _Unit] = {
+    Encoding.ENCODING_BF16: _HALF,
+    Encoding.ENCODING_FP16: _HALF,
+    Encoding.ENCODING_INT8_BLOCKS: _Unit(
+        BLOCK_ELEMENTS, SCALE_BYTES + BLOCK_ELEMENTS, PIECE_ELEMENTS
+    ),
 }
-"""Elements and bytes of what can be encoded on its own."""
 
 _READ_BYTES_MAX = 1 << 20  # 1 MiB: a whole message of chunks.
 
@@ -40,7 +59,7 @@ def encoded_bytes(encoding: Encoding.ValueType, element_count: int) -> int:
         encoding: Any but ENCODING_UNSPECIFIED.
         element_count: From 0; exact for any.
     """
-    elements, size = _UNITS[encoding]
+    elements, size, _ = _UNITS[encoding]
     units, rest = divmod(element_count, elements)
     return units * size + (rest + SCALE_BYTES if rest else 0)
 
@@ -53,7 +72,7 @@ def complete_elements(encoding: Encoding.ValueType, byte_count: int, element_cou
         byte_count: How many bytes there are.
         element_count: How many elements the tensor has.
     """
-    elements, size = _UNITS[encoding]
+    elements, size, _ = _UNITS[encoding]
     if byte_count == encoded_bytes(encoding, element_count):
         return element_count
     return byte_count // size * elements
@@ -73,8 +92,8 @@ class EncodingSource:
         Args:
             encoding: Of the bytes.
             element_count: From 0.
-            encode: Given a range of elements, which begins with a unit and has at most
-                PIECE_ELEMENTS, it writes their bytes into the view. Called once for each element,
+            encode: Given a range of elements, which begins with a unit, it writes their bytes into
+                the view. Blocks come up to PIECE_ELEMENTS at a time. Called once for each element,
                 in order.
         """
         self.byte_count = encoded_bytes(encoding, element_count)
@@ -97,15 +116,15 @@ class EncodingSource:
     def _advance(self, limit: int) -> None:
         """Encode about ``limit`` bytes more."""
         assert self._scratch is not None
-        elements, size = _UNITS[self._encoding]
+        elements, size, piece_elements = _UNITS[self._encoding]
         self._begin = self._end
         first = self._begin // size * elements
         room = min(limit, len(self._scratch))
         last = self._element_count
         if self.byte_count - self._begin > room:
             last = min(first + max(1, room // size) * elements, last)
-        for at in range(first, last, PIECE_ELEMENTS):
-            stop = min(at + PIECE_ELEMENTS, last)
+        for at in range(first, last, piece_elements):
+            stop = min(at + piece_elements, last)
             begin = self._end - self._begin
             count = encoded_bytes(self._encoding, stop - at)
             self._encode(at, stop, self._scratch[begin : begin + count])
@@ -137,7 +156,7 @@ class DecodingTarget:
 
     def write(self, offset: int, data: memoryview) -> None:
         """Take bytes, which may end anywhere."""
-        _, size = _UNITS[self._encoding]
+        size = _UNITS[self._encoding].byte_count
         if self._held:
             begin = offset - len(self._held)
             missing = min(begin + size, self.byte_count) - offset
@@ -154,8 +173,8 @@ class DecodingTarget:
 
     def _decode_units(self, offset: int, data: memoryview) -> None:
         """Decode whole units, the first of which begins at ``offset``."""
-        elements, size = _UNITS[self._encoding]
-        piece_bytes = PIECE_ELEMENTS // elements * size
+        elements, size, piece_elements = _UNITS[self._encoding]
+        piece_bytes = piece_elements // elements * size
         first = offset // size * elements
         for begin in range(0, len(data), piece_bytes):
             piece = data[begin : begin + piece_bytes]

@@ -1,6 +1,6 @@
 """Encodings of FP32 elements with NumPy: what tensor.proto says of each, piece by piece.
 
-The arrays of a piece lie in the processor's cache; each pass over them is one call of NumPy, into
+The arrays of blocks lie in the processor's cache; each pass over them is one call of NumPy, into
 memory that was there before.
 """
 
@@ -27,7 +27,7 @@ class Codec(Protocol):
     """An encoding's elements to bytes and back. For one thread at a time: it has scratch memory."""
 
     def encode(self, values: Floats, data: Bytes) -> None:
-        """Write the bytes of at least one element, and at most PIECE_ELEMENTS.
+        """Write the bytes of at least one element; of blocks, at most PIECE_ELEMENTS.
 
         Args:
             values: Flat and contiguous.

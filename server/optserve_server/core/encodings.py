@@ -1,8 +1,8 @@
 """Encodings of FP32 elements with torch: what tensor.proto says of each, piece by piece.
 
 Elements are flat FP32 tensors on the CPU; their bytes are flat tensors of uint8. Each function
-takes at least one element, and no more than fit into the processor's cache with what is made of
-them on the way.
+takes at least one element, and of blocks no more than fit into the processor's cache with what is
+made of them on the way.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ ENCODINGS: dict[Encoding, tensor_pb2.Encoding.ValueType] = {
 }
 """The contract's number of each encoding."""
 
+_HALVES = (Encoding.BF16, Encoding.FP16)
+
 
 def byte_count(spec: TensorSpec, encoding: Encoding) -> int:
     """Return how many bytes a tensor has on the wire; exact for any shape."""
@@ -104,9 +106,24 @@ class ParameterSources:
             first: Number of the first element; where blocks of an encoding begin.
             values: Flat, on the CPU. The parts of a parameter come, and are read, in order.
         """
+        return wire.Part(
+            position, self._offset(first, values), self._source(position, first, values)
+        )
+
+    def part_now(self, position: int, first: int, values: Tensor) -> wire.Part:
+        """Return a part, see part(), whose bytes are there already, as far as any thread may.
+
+        They are where they depend on nothing but the values. For any thread.
+        """
+        if self._wanted not in _HALVES:
+            return self.part(position, first, values)
+        data = torch.empty(encoded_bytes(self.encoding, values.numel()), dtype=torch.uint8)
+        CODECS[self._wanted].encode(values, data)
+        return wire.Part(position, self._offset(first, values), wire.Buffer(byte_view(data)))
+
+    def _offset(self, first: int, values: Tensor) -> int:
         plain = self.encoding == tensor_pb2.ENCODING_UNSPECIFIED
-        offset = first * values.itemsize if plain else encoded_bytes(self.encoding, first)
-        return wire.Part(position, offset, self._source(position, first, values))
+        return first * values.itemsize if plain else encoded_bytes(self.encoding, first)
 
     def _source(self, position: int, first: int, values: Tensor) -> wire.Source:
         if self._wanted is Encoding.PLAIN:
