@@ -96,7 +96,7 @@ class CoreDriver:
 
     def sessions(self, page_size: int = 0, page_token: str = "") -> pb.ListSessionsResponse:
         after, count = decode.page(page_size, page_token, 100)
-        actors, next_after = self._call(lambda: self.registry.page(after=after, count=count))
+        actors, next_after = self._run(self.registry.page(after=after, count=count))
         return pb.ListSessionsResponse(
             sessions=[encode.session_status(actor) for actor in actors],
             next_page_token="" if next_after is None else str(next_after),

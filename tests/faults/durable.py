@@ -28,7 +28,7 @@ from optserve_server.core.limits import Limits
 from optserve_server.core.persistence import Persistence
 from optserve_server.core.registry import SessionRegistry
 from optserve_server.core.storage import Origin
-from optserve_server.core.surroundings import Surroundings
+from optserve_server.core.surroundings import Overlap, Surroundings
 from optserve_server.rpc.access import Access
 from optserve_server.rpc.server import Server
 from optserve_server.storage.local import LocalStorage
@@ -81,6 +81,7 @@ def durable_server(
     origin: Origin = HERE,
     replay_foreign: bool = False,
     access: Access | None = None,
+    overlap: Overlap = Overlap.AUTO,
 ) -> Iterator[DurableServer]:
     """Serve the sessions of a disk; at the end stop as SIGTERM does.
 
@@ -94,6 +95,7 @@ def durable_server(
             executor=executor,
             clock=time.time,
             observer=NullObserver(),
+            overlap=overlap,
             persistence=Persistence(
                 storage=storage, executor=executor, origin=origin, replay_foreign=replay_foreign
             ),

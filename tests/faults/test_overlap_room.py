@@ -100,6 +100,7 @@ def test_memory_that_a_session_lets_go_is_not_kept_by_what_was_looked_ahead_of()
         with world.stream(session_id) as stream:
             for step in (1, 2):
                 stream.step(step, gradients(step))
+            world.loop.run(actor.settled())
             staged = world.loop.call(lambda: actor.begin(0, 3, None).targets)  # As at each step.
             are_gone = _watched(staged)
             del staged

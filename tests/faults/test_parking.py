@@ -264,7 +264,7 @@ def test_a_parked_session_is_there_for_its_tenant_and_for_no_other() -> None:
         session_id = _created(server)
         _park(server)
         other = registry.of("other")
-        assert not loop.call(lambda: other.page(after=0, count=10))[0]
+        assert not loop.run(other.page(after=0, count=10))[0]
         for call in (other.find, other.delete):
             with pytest.raises(SessionNotFoundError):
                 loop.run(call(session_id))

@@ -885,7 +885,9 @@ Global___SharedStep: _TypeAlias = SharedStep  # noqa: Y015
 
 @_typing.final
 class StepResult(_message.Message):
-    """StepResult is what a step did."""
+    """StepResult is what a step did. It may come while the server is still busy with the update: nothing can refuse the step any
+    more, and whatever asks for the session from then on waits for the update.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +23,7 @@ from optserve_server.core.outcome import StepOutcome
 from optserve_server.core.positions import Positions
 from optserve_server.core.preview import Preview
 from optserve_server.core.quotas import TenantBudget
-from optserve_server.core.region import Region
+from optserve_server.core.region import SharedMemory
 from optserve_server.core.round import Contribution, LastContribution
 from optserve_server.core.rounds import Rounds
 from optserve_server.core.seats import Seat, Seats, current_task
@@ -35,16 +34,6 @@ from optserve_server.core.storage import Json
 from optserve_server.core.surroundings import Surroundings
 from optserve_server.core.tensors import TensorSpec
 from optserve_server.core.work import Work, to_its_end
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedMemory:
-    """Where a worker on this host finds its tensors."""
-
-    parameters: Region
-    """The session's, for the worker to read."""
-    gradients: Region
-    """The worker's, for it to write."""
 
 
 class SessionActor:
@@ -156,6 +145,7 @@ class SessionActor:
         """
         if not self._draining:
             await self._seats.vacate(worker, client_id)
+        await self.settled()
 
     @contextmanager
     def attach(self, worker: int, client_id: bytes = b"") -> Iterator[Seat]:
@@ -264,12 +254,19 @@ class SessionActor:
             return True
 
     async def commit(self, contribution: Contribution) -> tuple[StepOutcome, bool]:
-        """Contribute what was received, and wait for the step; see Rounds.commit."""
+        """Contribute what was received, and wait for the step; see Rounds.commit.
+
+        Who wants to know what has become of the session must wait for settled(), or read it.
+        """
         self.check_open()
         answer = await self._rounds.commit(contribution)
         if contribution.settled is not None:
             self.surroundings.observer.step_repeated(self.spec.optimizer.kind)
         return answer
+
+    async def settled(self) -> None:
+        """Wait until the session is what somebody may have been told of it; see Rounds.settled."""
+        await self._rounds.settled()
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[Sequence[Tensor]]:

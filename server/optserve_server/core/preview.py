@@ -165,7 +165,7 @@ class Preview:
         """
         # For a second thread there is work beside this: bytes come and go. And kernels that are
         # not fused may give other bits in one.
-        with _one_thread() if self._cuts.fused else nullcontext():
+        with one_thread() if self._cuts.fused else nullcontext():
             return self._compute(pieces)
 
     def _compute(self, pieces: Sequence[tuple[Piece, Tensor]]) -> list[Tensor]:
@@ -231,7 +231,7 @@ def _copies(originals: list[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Let torch calculate in this thread alone for a block."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

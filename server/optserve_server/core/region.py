@@ -14,6 +14,7 @@ import resource
 import secrets
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -68,6 +69,16 @@ class Region:
         self.tensors = _views(whole, offsets, specs)
         """On the CPU, in the order of ``specs``: views of one memory, which lives as long as one of
         them does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedMemory:
+    """Where a worker on this host finds its tensors."""
+
+    parameters: Region
+    """The session's, for the worker to read."""
+    gradients: Region
+    """The worker's, for it to write."""
 
 
 def private(specs: Sequence[TensorSpec]) -> list[Tensor]:

@@ -150,14 +150,19 @@ class SessionRegistry:
             actor = self._actors.get(session_id)
             if actor is not None and actor.opened.tenant == tenant:
                 actor.touch()
-                return actor
+                await actor.settled()
+                if self._actors.get(session_id) is actor:
+                    return actor
+                continue  # It has gone meanwhile.
             parked = self._shelf.parked.get(session_id) if self._shelf else None
             if parked is None or parked.opened.tenant != tenant:
                 raise _not_found(session_id)
             self.check_accepting()
             await parked.moved(functools.partial(self._bring_back, parked))
 
-    def page(self, tenant: str, *, after: int, count: int) -> tuple[Sequence[Listed], int | None]:
+    async def page(
+        self, tenant: str, *, after: int, count: int
+    ) -> tuple[Sequence[Listed], int | None]:
         """Return up to ``count`` of a tenant's sessions, created after the one numbered ``after``.
 
         Beside them stands the number to go on from; None if these were the last.
@@ -171,6 +176,9 @@ class SessionRegistry:
         )
         later = sorted(own, key=lambda session: self._order[session.session_id])
         page = later[:count]
+        for session in page:
+            if isinstance(session, SessionActor):
+                await session.settled()
         return page, self._order[page[-1].session_id] if len(later) > count else None
 
     @contextmanager

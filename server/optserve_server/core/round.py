@@ -13,6 +13,7 @@ from torch import Tensor
 from optserve_server.core.device import Device
 from optserve_server.core.errors import OptserveError, StepConflictError
 from optserve_server.core.outcome import StepOutcome
+from optserve_server.core.preview import Preview
 
 _NARROW = (torch.float16, torch.bfloat16)
 
@@ -33,9 +34,14 @@ class Round:
         """When each contribution came."""
         self.closed: asyncio.Future[None] = loop.create_future()
         """Done when no contribution is waited for any more: all are there, or it was abandoned."""
+        self.preview: Preview | None = None
+        """What has computed the whole step ahead of it, if anything has."""
+        self.decided: asyncio.Future[StepOutcome] = loop.create_future()
+        """What the step does, or why it is not made. Done with ``done``, or before it."""
         self.done: asyncio.Future[StepOutcome] = loop.create_future()
         """What the step did, or why it was not made."""
-        self.done.add_done_callback(_retrieve)
+        for future in (self.decided, self.done):
+            future.add_done_callback(_retrieve)
 
     def has(self, worker: int) -> bool:
         """Return whether the worker has contributed."""
@@ -50,7 +56,8 @@ class Round:
         """Take a worker's gradients, which stay as they are until the round is done."""
         self._gradients[contribution.worker] = contribution.gradients
         self.digests[contribution.worker] = contribution.digest
-        self.norm = contribution.norm if len(self.digests) == 1 else None
+        if len(self.digests) == 1:
+            self.norm, self.preview = contribution.norm, contribution.preview
         self.arrivals_s.append(time_s)
         if not self.missing:
             self.closed.set_result(None)
@@ -59,7 +66,23 @@ class Round:
         """Tell those who wait that there will be no step, unless all have contributed already."""
         if not self.closed.done():
             self.closed.set_result(None)
-            self.done.set_exception(error)
+            self.refuse(error)
+
+    def decide(self, outcome: StepOutcome) -> None:
+        """Tell those who need nothing but the outcome that nothing can refuse the step any more."""
+        self.decided.set_result(outcome)
+
+    def settle(self, outcome: StepOutcome) -> None:
+        """Tell those who wait that the step has been made."""
+        for future in (self.decided, self.done):
+            if not future.done():
+                future.set_result(outcome)
+
+    def refuse(self, error: Exception) -> None:
+        """Tell those who wait that the step has not been made, or has failed half way."""
+        for future in (self.decided, self.done):
+            if not future.done():
+                future.set_exception(error)
 
     def mean(self, device: Device, *, into: Sequence[Tensor] = ()) -> list[Tensor | None]:
         """Return the mean of the contributions, on the device; consumes them.
@@ -96,6 +119,9 @@ class Contribution:
     """The same tensors in the order in which they were announced, to be filled."""
     norm: float | None = None
     """Euclidean norm of the gradients, if it is known; see norm_of()."""
+    preview: Preview | None = None
+    """What has computed the whole step ahead of it: nobody needs the session to know its outcome.
+    """
     settled: Round | StepOutcome | None
     """What answers it already, so that what is sent again is not to be stored.
 

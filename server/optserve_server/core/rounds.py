@@ -23,7 +23,12 @@ from optserve_server.core.outcome import StepOutcome
 from optserve_server.core.region import Region, RegionUnavailableError, private
 from optserve_server.core.round import Contribution, LastContribution, Round
 from optserve_server.core.session import Session
+from optserve_server.core.spec import SessionSpec
 from optserve_server.core.work import Work
+
+# Adam on so much takes 0.1 ms on one core, half of it for any size at all.
+_SMALL_TENSORS_MAX = 16
+_SMALL_ELEMENTS_MAX = 1 << 16
 
 
 class Rounds:
@@ -54,6 +59,7 @@ class Rounds:
             check_open: Called before each step; raises if the session is gone.
         """
         self._session = session
+        self._steps_are_small = _steps_are_small(session.spec, device)
         self._work = work
         self._device = device
         self._observer = observer
@@ -169,6 +175,9 @@ class Rounds:
     async def commit(self, contribution: Contribution) -> tuple[StepOutcome, bool]:
         """Give a received contribution to its round, and wait until the step is applied.
 
+        If a preview has computed all of it, and it comes true, only until that is decided: whoever
+        looks at the session has to wait for settled().
+
         Returns:
             What the step did, and whether that had been done before.
 
@@ -195,7 +204,13 @@ class Rounds:
                 expected=f"a contribution of workers {round_.missing}",
                 retry_after_s=0.0,
             ) from None
-        return await asyncio.shield(round_.done), False
+        return await asyncio.shield(round_.decided), False
+
+    async def settled(self) -> None:
+        """Wait until a step that was decided has been made, or has failed."""
+        round_ = self._round
+        if round_.decided.done():
+            await asyncio.wait([round_.done])
 
     def abandon(self, error: OptserveError) -> None:
         """Give up the round, unless all have contributed to it."""
@@ -220,7 +235,7 @@ class Rounds:
         if round_.missing:
             return round_
         at_once = self.archive is None or self.archive.takes_steps_at_once
-        if session.is_small and at_once and self._work.lock.is_free:
+        if self._steps_are_small and at_once and self._work.lock.is_free:
             # The way to a thread and back would cost more than the step. Nobody can come between.
             with self._settling(round_):
                 session.step(round_.mean(self._device), round_.digests, round_.norm)
@@ -232,17 +247,24 @@ class Rounds:
         """Apply a complete round in a thread."""
         archive = self.archive
         refusal = await self._admission() if archive else None
+        journals = archive is not None and archive.journals
+        loop = asyncio.get_running_loop()
+
+        def decided(outcome: StepOutcome) -> None:
+            # What a journal is to keep is told once it does.
+            if round_.preview and round_.preview.came_true and not journals:
+                loop.call_soon_threadsafe(round_.decide, outcome)
 
         def step() -> None:
             gradients = round_.mean(self._device, into=self._private)
-            self._session.step(gradients, round_.digests, round_.norm)
+            self._session.step(gradients, round_.digests, round_.norm, decided)
 
         async with self._work.lock.exclusive():
             with self._settling(round_):
                 self._check_open()
                 if refusal:
                     raise refusal
-                if archive and archive.journals:
+                if archive and journals:
                     await archive.make(step)
                 else:
                     await self._work.run(step)
@@ -274,10 +296,10 @@ class Rounds:
         self._round = Round(session.spec.workers, session.steps + 1)
         self._publish()
         if error is not None or outcome is None:
-            round_.done.set_exception(error or AssertionError("a step has an outcome"))
+            round_.refuse(error or AssertionError("a step has an outcome"))
             return
         self._observer.phase_ended(Phase.APPLY, self._monotonic() - started_s)
-        round_.done.set_result(outcome)
+        round_.settle(outcome)
         self._stepped(outcome)
 
     def _out_of_order(self, step: int) -> StepOutOfOrderError:
@@ -304,3 +326,16 @@ class Rounds:
         if position not in staging:
             staging[position] = self._device.staging(self._session.spec.parameters[position])
         return staging[position]
+
+
+def _steps_are_small(spec: SessionSpec, device: Device) -> bool:
+    """Return whether a step takes less time than the way to another thread and back: some 0.1 ms.
+
+    With all that the workers bring: their mean is part of it.
+    """
+    tensors, elements = len(spec.parameters), sum(each.element_count for each in spec.parameters)
+    return (
+        not device.is_cuda
+        and spec.workers * tensors <= _SMALL_TENSORS_MAX
+        and spec.workers * elements <= _SMALL_ELEMENTS_MAX
+    )

@@ -42,9 +42,6 @@ from optserve_server.core.spec import ScheduleUnit, SessionSpec
 from optserve_server.core.state import SessionState
 
 _NAMED_MAX = 5  # How many names a message lists.
-# Adam on so much takes 0.1 ms on one core, half of it for any size at all.
-_SMALL_TENSORS_MAX = 16
-_SMALL_ELEMENTS_MAX = 1 << 16
 _EXPRESSIONS_ONCE = {"expression_chars_max": 4096, "expression_nodes_max": 512}
 
 Recorder: TypeAlias = Callable[[Change, int], None]
@@ -68,13 +65,6 @@ class Session:
         self._parameters = [device.zeros(parameter) for parameter in spec.parameters]
         self._mirrors = [device.mirror(parameter) for parameter in self._parameters]
         self._unset = set(range(len(self._parameters)))
-        element_count = sum(each.element_count for each in spec.parameters)
-        self.is_small = (  # With all that the workers bring: their mean is part of a step.
-            not device.is_cuda
-            and spec.workers * len(spec.parameters) <= _SMALL_TENSORS_MAX
-            and spec.workers * element_count <= _SMALL_ELEMENTS_MAX
-        )
-        """Whether a step takes less time than the way to another thread and back: some 0.1 ms."""
         groups = [
             ([self._parameters[i] for i in group.parameters], group.hyperparameters)
             for group in spec.groups
@@ -236,6 +226,7 @@ class Session:
         gradients: Sequence[Tensor | None],
         digests: Sequence[bytes] | None = None,
         norm: float | None = None,
+        decided: Callable[[StepOutcome], None] | None = None,
     ) -> StepOutcome:
         """Apply one optimizer step, then advance the schedule if it counts steps.
 
@@ -244,6 +235,7 @@ class Session:
                 there is none. Consumed: the buffers may be overwritten.
             digests: What identifies the content that each worker brought. None: no worker said.
             norm: The gradients' norm, if it is known.
+            decided: Told what the step will do, once nothing can refuse it any more.
 
         Returns:
             What the step did.
@@ -273,6 +265,8 @@ class Session:
         )
         self._record(StepChange(outcome=outcome, gradients=gradients))
         self.version += 1
+        if decided:
+            decided(outcome)
         try:
             self._apply(gradients)
             if advances:

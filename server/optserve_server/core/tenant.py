@@ -64,9 +64,9 @@ class TenantRegistry:
         """Return a session of this tenant; see SessionRegistry.find."""
         return await self._registry.find(self.tenant, session_id)
 
-    def page(self, *, after: int, count: int) -> tuple[Sequence[Listed], int | None]:
+    async def page(self, *, after: int, count: int) -> tuple[Sequence[Listed], int | None]:
         """Return some sessions of this tenant; see SessionRegistry.page."""
-        return self._registry.page(self.tenant, after=after, count=count)
+        return await self._registry.page(self.tenant, after=after, count=count)
 
     def resized(self, actor: SessionActor, count: int) -> AbstractContextManager[None]:
         """Reserve what a session of this tenant will need; see SessionRegistry.resized."""

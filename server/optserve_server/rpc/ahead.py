@@ -7,15 +7,19 @@ only once the step's result has come, and the session does not know of them.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import operator
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from optserve import wire
 from optserve_server.core.actor import SessionActor
 from optserve_server.core.limits import Limits
-from optserve_server.core.preview import Piece
+from optserve_server.core.preview import Piece, one_thread
+from optserve_server.core.round import Contribution
 from optserve_server.rpc import transfer
 from optserve_server.rpc.encoded import ParameterSources
 
@@ -35,14 +39,21 @@ MEMORY_BYTES = 48 << 20
 What waits, and a batch with its gradients, its state and torch's temporaries: 7 of each.
 """
 
-_Batch = list[tuple[Piece, Tensor]]  # With the values of its elements.
+
+class _Batch(NamedTuple):
+    """What was computed at once."""
+
+    parts: Sequence[wire.Part]
+    byte_count: int
+    """Of the elements, not of what travels."""
 
 
 class Ahead:
     """Computes and sends the parameters of one open step. Everything happens on the event loop.
 
     Made at the step's begin; received() is called as gradients arrive, finish() after the last one,
-    rest() once the step has been applied, or give_up() if it is not to be; cancel() at any time.
+    sent() once the step is decided or rest() once it is applied, or give_up() if it is not to be;
+    cancel() at any time.
     """
 
     def __init__(
@@ -79,8 +90,7 @@ class Ahead:
         self._changed = asyncio.Event()
         self._complete = False  # No more gradients will come.
         self._stopped = False
-        self.byte_count = 0
-        """How many bytes have been sent."""
+        self._wire_bytes = 0  # That have been sent, as they travel.
         self._computing = asyncio.create_task(self._compute())
         self._sending = asyncio.create_task(self._send())
 
@@ -99,26 +109,31 @@ class Ahead:
         self._changed.set()
         await self._computing
 
-    @property
-    def norm(self) -> float | None:
-        """The gradients' norm, if it has become known on the way."""
-        return self._preview.norm
+    def looked_at(self, contribution: Contribution) -> Contribution:
+        """Return the contribution with what has become known of it on the way."""
+        sizes = (gradient.numel() for gradient in self._gradients)
+        whole = all(map(operator.eq, self._computed, sizes))
+        preview = self._preview if whole else None
+        return dataclasses.replace(contribution, norm=self._preview.norm, preview=preview)
 
     @property
     def holds(self) -> bool:
-        """Whether the step, which has been applied, has done what was sent ahead of it."""
+        """Whether the step, which was decided, does what was sent ahead of it."""
         return self._preview.came_true
 
-    async def rest(self, parameters: Sequence[Tensor]) -> None:
+    async def rest(self, parameters: Sequence[Tensor]) -> int:
         """Send what has not been sent.
 
         Args:
             parameters: After the step; held still by the caller.
 
+        Returns:
+            How many bytes have been sent in all.
+
         Raises:
             StalledError: The client does not read.
         """
-        await self._sent()
+        await self.sent()
         parts = (
             self._sources.part(position, computed, parameters[position].view(-1)[computed:])
             for position, computed in enumerate(self._computed)
@@ -126,6 +141,7 @@ class Ahead:
         )
         for chunks in wire.split_parts(parts, self._limits.chunk_bytes_max):
             await transfer.in_time(self._write_counted(chunks), self._limits)
+        return self._wire_bytes
 
     def give_up(self) -> None:
         """Send no more: what was sent is void, and some of it may still be on its way."""
@@ -144,7 +160,7 @@ class Ahead:
             StalledError: The client does not read.
         """
         await self._computing
-        await self._sent()
+        await self.sent()
 
     async def cancel(self) -> None:
         """End at once: the stream has ended."""
@@ -189,7 +205,13 @@ class Ahead:
             values = self._preview.compute(
                 [(piece, self._gradients[piece.position]) for piece in pieces]
             )
-            self._loop.call_soon_threadsafe(self._pass_on, pieces, values)
+            with one_thread():
+                parts = [
+                    self._sources.part_now(piece.position, piece.first, each)
+                    for piece, each in zip(pieces, values, strict=True)
+                ]
+            batch = _Batch(parts, sum(each.nbytes for each in values))
+            self._loop.call_soon_threadsafe(self._pass_on, pieces, batch)
 
     def _take(self) -> list[Piece]:
         """Return the pieces of a batch."""
@@ -205,38 +227,35 @@ class Ahead:
         """Return how many bytes the elements of a parameter have, as its gradient's do."""
         return piece.element_count * self._gradients[piece.position].itemsize
 
-    def _pass_on(self, pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
+    def _pass_on(self, pieces: Sequence[Piece], batch: _Batch) -> None:
         for piece in pieces:
             self._computed[piece.position] = piece.last
-        self._waiting.put_nowait(list(zip(pieces, values, strict=True)))
+        self._waiting.put_nowait(batch)
 
     async def _send(self) -> None:
         while (batch := await self._waiting.get()) is not None:
-            for chunks in wire.split_parts(self._parts(batch), self._limits.chunk_bytes_max):
+            for chunks in wire.split_parts(batch.parts, self._limits.chunk_bytes_max):
                 if self._stopped:
                     return
                 # For as long as gradients come, the client may have its reasons not to read.
                 await self._write_counted(chunks)
-            self._sent_bytes += sum(values.nbytes for _, values in batch)
+            self._sent_bytes += batch.byte_count
             self._changed.set()
-
-    def _parts(self, batch: _Batch) -> Iterator[wire.Part]:
-        for piece, values in batch:
-            yield self._sources.part(piece.position, piece.first, values)
 
     async def _write_counted(self, chunks: list[wire.Chunk]) -> None:
         await self._write(chunks)
-        self.byte_count += sum(len(chunk.data) for chunk in chunks)
+        self._wire_bytes += sum(len(chunk.data) for chunk in chunks)
 
-    async def _sent(self) -> None:
-        """Wait until what was computed is sent, for as long as it goes on.
+    async def sent(self) -> int:
+        """Wait until what was computed is sent, for as long as it goes on; return how many bytes.
 
         Raises:
             StalledError: The client does not read.
         """
         while not self._sending.done():
-            before = self.byte_count
+            before = self._wire_bytes
             await asyncio.wait([self._sending], timeout=self._limits.stall_timeout_s)
-            if not self._sending.done() and self.byte_count == before:
+            if not self._sending.done() and self._wire_bytes == before:
                 raise transfer.stalled(self._limits)
         self._sending.result()
+        return self._wire_bytes

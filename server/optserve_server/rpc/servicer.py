@@ -70,7 +70,7 @@ class OptimizerServicer(OptimizerServiceServicer):
     ) -> pb.ListSessionsResponse:
         """List the sessions, the oldest first."""
         after, count = decode.page(request.page_size, request.page_token, _PAGE_SESSIONS_MAX)
-        sessions, next_after = self._sessions().page(after=after, count=count)
+        sessions, next_after = await self._sessions().page(after=after, count=count)
         return pb.ListSessionsResponse(
             sessions=[encode.session_status(session) for session in sessions],
             next_page_token="" if next_after is None else str(next_after),

@@ -221,27 +221,36 @@ class _WorkerStream:
         self._observer.bytes_moved(Direction.RECEIVED, step.byte_count)
         if self._ahead:
             await self._ahead.finish()
-            contribution = dataclasses.replace(contribution, norm=self._ahead.norm)
+            contribution = self._ahead.looked_at(contribution)
         outcome, replayed = await self._actor.commit(contribution)
         started_s = time.perf_counter()
+        result = pb.TrainResponse(result=encode.step_result(outcome, replayed=replayed))
         on_the_whole = transfer.on_the_whole(self._byte_count, self._limits)
-        async with self._actor.reading() as parameters, on_the_whole:
-            if self._ahead and self._ahead.holds:
-                await self._ahead.rest(parameters)
-                count = self._ahead.byte_count
-            else:
-                self._give_up_answer()
-                await self._begin_answer(outcome.step, parameters, announces=step.announces)
-                sources = self._sources.whole(parameters)
-                count = await transfer.send(sources, self._context.write, self._limits)
-            result = encode.step_result(outcome, replayed=replayed)
-            await self._write(pb.TrainResponse(result=result))
-            self._sources.delivered()
-            if self._ahead:
-                self._ahead = None
-                self._room.close()
+        if self._ahead and self._ahead.holds and contribution.preview:
+            async with on_the_whole:  # While the step is being made.
+                count = await self._ahead.sent()
+                await self._tell(result)
+        else:
+            async with self._actor.reading() as parameters, on_the_whole:
+                if self._ahead and self._ahead.holds:
+                    count = await self._ahead.rest(parameters)
+                else:
+                    self._give_up_answer()
+                    await self._begin_answer(outcome.step, parameters, announces=step.announces)
+                    sources = self._sources.whole(parameters)
+                    count = await transfer.send(sources, self._context.write, self._limits)
+                await self._tell(result)
         self._observer.phase_ended(Phase.SEND, time.perf_counter() - started_s)
         self._observer.bytes_moved(Direction.SENT, count)
+        await self._actor.settled()  # Until then the gradients are needed.
+
+    async def _tell(self, result: pb.TrainResponse) -> None:
+        """End the answer."""
+        await self._write(result)
+        self._sources.delivered()
+        if self._ahead:
+            self._ahead = None
+            self._room.close()
 
     async def _begin_answer(
         self, number: int, parameters: Sequence[Tensor], *, announces: bool
