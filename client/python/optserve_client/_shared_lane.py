@@ -20,8 +20,9 @@ class SharedLane:
         """Begin without; ``headers`` are those of the session's parameters."""
         self._headers = headers
         self._regions: tuple[Region, Region] | None = None  # Of parameters, and of gradients.
-        self._targets: list[Array] = []
         self._buffers: list[Array] = []
+        self._views: list[memoryview] = []  # Of the buffers, while they are shared.
+        self._known: dict[str, tuple[Array, memoryview]] = {}
         self.closed_because = "the worker's stream has not been opened"
         """Why tensors have to travel; empty if they have not."""
 
@@ -58,12 +59,22 @@ class SharedLane:
             self.closed_because = str(error)
             return
         self._buffers = self._regions[1].arrays
-        self._targets = [np.asarray(bytes_of(buffer)) for buffer in self._buffers]
+        self._views = [bytes_of(buffer) for buffer in self._buffers]
+        names = (header.name for header in self._headers)
+        self._known = dict(zip(names, zip(self._buffers, self._views, strict=True), strict=True))
 
     @property
     def token(self) -> bytes:
         """What the memory for gradients is known by; empty if there is none."""
         return self._regions[1].token if self._regions and not self.closed_because else b""
+
+    def bytes_of(self, name: str, gradient: object) -> memoryview | None:
+        """Return the bytes of a buffer that is the gradient of its own parameter; else None.
+
+        To look at each array of a large model takes a millisecond.
+        """
+        buffer, view = self._known.get(name, (None, None))
+        return view if gradient is buffer else None
 
     def write(self, position: int, gradient: memoryview) -> bool:
         """Put a gradient's bytes where the server reads them; if they are there, it costs nothing.
@@ -75,7 +86,9 @@ class SharedLane:
         Returns:
             Whether the caller's gradient is elsewhere, and so stays what it is.
         """
-        source, target = np.asarray(gradient), self._targets[position]
+        if gradient is self._views[position]:
+            return False
+        source, target = np.asarray(gradient), np.asarray(self._views[position])
         if source.ctypes.data == target.ctypes.data:
             return False
         np.copyto(target, source)  # copy: the caller's gradient to shared memory.

@@ -84,6 +84,9 @@ class StepWays:
         Raises:
             RequestError: It does not fit the parameter that ``header`` describes.
         """
+        shared = self._shared.bytes_of(header.name, gradient)
+        if shared is not None:
+            return shared
         values = np.asarray(gradient)
         if (values.dtype, values.shape) == self._forms[header.name]:
             return bytes_of(values)

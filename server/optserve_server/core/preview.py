@@ -9,7 +9,7 @@ is given up or refused, and the step itself, once all gradients have come, compu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -163,10 +163,15 @@ class Preview:
             pieces: Each with the whole gradient of its parameter, on the CPU; only the piece's
                 elements are looked at.
         """
-        # For a second thread there is work beside this: bytes come and go. And kernels that are
-        # not fused may give other bits in one.
-        with one_thread() if self._cuts.fused else nullcontext():
+        with self.beside_others():
             return self._compute(pieces)
+
+    def beside_others(self) -> AbstractContextManager[None]:
+        """Keep to one core for a block: for a second one there is work beside it, moving bytes.
+
+        Kernels that are not fused may give other bits on one, and keep theirs.
+        """
+        return one_thread() if self._cuts.fused else nullcontext()
 
     def _compute(self, pieces: Sequence[tuple[Piece, Tensor]]) -> list[Tensor]:
         cuts = self._cuts

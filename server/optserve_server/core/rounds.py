@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor
 
@@ -257,7 +257,8 @@ class Rounds:
 
         def step() -> None:
             gradients = round_.mean(self._device, into=self._private)
-            self._session.step(gradients, round_.digests, round_.norm, decided)
+            with round_.preview.beside_others() if round_.preview else nullcontext():
+                self._session.step(gradients, round_.digests, round_.norm, decided)
 
         async with self._work.lock.exclusive():
             with self._settling(round_):
