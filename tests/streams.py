@@ -65,12 +65,20 @@ class RawStream:
     """Sends what it is told to, and reads only when it is told to."""
 
     def __init__(
-        self, driver: StubDriver, session_id: str, client_id: bytes = b"", worker: int = 0
+        self,
+        driver: StubDriver,
+        session_id: str,
+        client_id: bytes = b"",
+        worker: int = 0,
+        *,
+        shared_memory: bool = False,
     ) -> None:
         self._requests: SimpleQueue[pb.TrainRequest | None] = SimpleQueue()
         self._responses = driver.stub.Train(iter(self._requests.get, None), timeout=TIMEOUT_S)
         self._answer = Answer()
-        self.send(open=opening(session_id, worker, client_id))
+        asked = opening(session_id, worker, client_id)
+        asked.shared_memory = shared_memory
+        self.send(open=asked)
         with translated():
             self.opened = next(self._responses).opened
         self.status = self.opened.status
@@ -134,10 +142,15 @@ class RawStream:
 
 @contextmanager
 def raw_stream(
-    driver: StubDriver, session_id: str, client_id: bytes = b"", worker: int = 0
+    driver: StubDriver,
+    session_id: str,
+    client_id: bytes = b"",
+    worker: int = 0,
+    *,
+    shared_memory: bool = False,
 ) -> Iterator[RawStream]:
     """Open a stream for a block; whatever goes on is broken off at its end."""
-    stream = RawStream(driver, session_id, client_id, worker)
+    stream = RawStream(driver, session_id, client_id, worker, shared_memory=shared_memory)
     try:
         yield stream
     finally:

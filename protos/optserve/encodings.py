@@ -26,8 +26,8 @@ PIECE_ELEMENTS = 127 * BLOCK_ELEMENTS
 32,768 on torch would give each operation to several threads, and on a busy server wait for the
 slowest of them each time.
 """
-# Nothing is made of halves on the way, and a conversion is one call: at each, a thread may have to
-# wait for the interpreter. 1 MiB of FP32, and half a message.
+# Nothing is kept of halves on the way, and a conversion is a few calls for any size: at each, a
+# thread may have to wait for the interpreter. 1 MiB of FP32, and half a message.
 _HALVES_AT_A_TIME = 1 << 18
 
 

@@ -144,8 +144,14 @@ def _access(config: Config) -> Access:
 def _executor(count: int, name: str, cores: int) -> ThreadPoolExecutor:
     """Return threads that compute with torch on so many cores: a matter of each thread."""
     return ThreadPoolExecutor(
-        count, thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(cores,)
+        count, thread_name_prefix=name, initializer=_use_cores, initargs=(cores,)
     )
+
+
+def _use_cores(count: int) -> None:
+    """Have torch calculate on so many cores in this thread."""
+    torch.get_num_threads()  # At its first call in a thread torch takes what anybody has set last.
+    torch.set_num_threads(count)
 
 
 @contextmanager

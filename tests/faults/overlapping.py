@@ -19,6 +19,7 @@ from messages import bytes_of, chunks_of
 from scenarios.models import STEPS_UNIT, spec
 from streams import RawStream, bytes_by_position, raw_stream, reopened_stream
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from optserve.v1.optimizer_pb2 import Adam
 from optserve.v1.scheduler_pb2 import ScheduleUnit
@@ -140,6 +141,12 @@ class Local:
     def bytes(self) -> dict[int, bytes]:
         """Return the bytes of the parameters as they are, by position."""
         return bytes_by_position(self.parameters)
+
+
+def are_gone(tensors: Sequence[Tensor]) -> Callable[[], bool]:
+    """Return what tells whether nothing keeps the memory of any of the tensors."""
+    kept = [StorageWeakRef(each.untyped_storage()) for each in tensors]  # type: ignore[no-untyped-call]
+    return lambda: all(each.expired() for each in kept)  # type: ignore[no-untyped-call]
 
 
 def halves(step: int) -> tuple[list[TensorChunks], list[TensorChunks]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from faults.overlapping import (
     Local,
     World,
     adam_spec,
+    are_gone,
     begin_half,
     disturb_often,
     gradients,
@@ -18,7 +19,6 @@ from faults.overlapping import (
 )
 from scenarios.models import spec
 from streams import bytes_by_position
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from optserve.v1.optimizer_pb2 import SGD
 from optserve.v1.session_pb2 import SessionSpec
@@ -88,26 +88,20 @@ def test_without_room_steps_are_answered_after_their_last_gradient() -> None:
                     world.until(lambda: world.registry.budget.reserved_bytes == session_bytes)
 
 
-def _watched(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
-    """Return what tells whether nothing keeps the memory of any of the tensors."""
-    kept = [StorageWeakRef(each.untyped_storage()) for each in tensors]  # type: ignore[no-untyped-call]
-    return lambda: all(each.expired() for each in kept)  # type: ignore[no-untyped-call]
-
-
 def test_memory_that_a_session_lets_go_is_not_kept_by_what_was_looked_ahead_of() -> None:
     with overlapping() as world, world.session() as session_id:
         actor = world.loop.run(world.registry.find("", session_id))
         with world.stream(session_id) as stream:
             for step in (1, 2):
                 stream.step(step, gradients(step))
-            world.loop.run(actor.settled())
+            world.loop.run(actor.made())
             staged = world.loop.call(lambda: actor.begin(0, 3, None).targets)  # As at each step.
-            are_gone = _watched(staged)
+            gone = are_gone(staged)
             del staged
-        world.until(are_gone)
-        are_gone = _watched(actor.session.parameters)
+        world.until(gone)
+        gone = are_gone(actor.session.parameters)
         world.loop.call(actor.session.share)  # Which moves them.
-        assert are_gone()
+        assert gone()
 
 
 def test_two_hundred_disturbed_steps_leave_no_task_and_no_memory_reserved() -> None:

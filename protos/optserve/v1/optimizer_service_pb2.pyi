@@ -885,8 +885,8 @@ Global___SharedStep: _TypeAlias = SharedStep  # noqa: Y015
 
 @_typing.final
 class StepResult(_message.Message):
-    """StepResult is what a step did. It may come while the server is still busy with the update: nothing can refuse the step any
-    more, and whatever asks for the session from then on waits for the update.
+    """StepResult is what a step did. After parameters that came ahead it may come while the server is still busy with the update:
+    whatever asks for the session from then on waits for that, and should it fail, the session has failed.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1043,8 +1043,8 @@ class TrainResponse(_message.Message):
 
     @_builtins.property
     def result(self) -> Global___StepResult:
-        """result of the step, which has been applied: ends the answer, after the last chunk. It is all of the answer to a shared
-        step.
+        """result of the step, which nothing can refuse any more: ends the answer, after the last chunk. It is all of the answer to a
+        shared step.
         """
 
     @_builtins.property

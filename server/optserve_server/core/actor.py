@@ -68,6 +68,7 @@ class SessionActor:
             surroundings.device,
             observer=surroundings.observer,
             monotonic=surroundings.monotonic,
+            session_id=opened.session_id,
             publish=self._publish,
             stepped=self._stepped,
             check_open=self.check_open,
@@ -145,7 +146,6 @@ class SessionActor:
         """
         if not self._draining:
             await self._seats.vacate(worker, client_id)
-        await self.settled()
 
     @contextmanager
     def attach(self, worker: int, client_id: bytes = b"") -> Iterator[Seat]:
@@ -256,7 +256,7 @@ class SessionActor:
     async def commit(self, contribution: Contribution) -> tuple[StepOutcome, bool]:
         """Contribute what was received, and wait for the step; see Rounds.commit.
 
-        Who wants to know what has become of the session must wait for settled(), or read it.
+        Who wants to know what has become of the session must wait for made(), or read it.
         """
         self.check_open()
         answer = await self._rounds.commit(contribution)
@@ -264,9 +264,9 @@ class SessionActor:
             self.surroundings.observer.step_repeated(self.spec.optimizer.kind)
         return answer
 
-    async def settled(self) -> None:
-        """Wait until the session is what somebody may have been told of it; see Rounds.settled."""
-        await self._rounds.settled()
+    async def made(self) -> None:
+        """Wait until the session is what somebody may have been told of it; see Rounds.made."""
+        await self._rounds.made()
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[Sequence[Tensor]]:
@@ -369,6 +369,9 @@ class SessionActor:
 
     def _stepped(self, outcome: StepOutcome) -> None:
         self.touch()
+        coming = {seat.worker for seat in self._seats} | self._shared.keys()
+        for worker in set(range(self.spec.workers)) - coming:
+            self._rounds.release(worker)  # It left while the step was made of its gradients.
         self.stepped_s = self.surroundings.clock()
         self.surroundings.observer.step_applied(
             StepApplied(

@@ -34,6 +34,7 @@ async def evaluate(
         outcome = await actor.work.run(
             lambda: session.evaluate(predictions, targets, with_gradient=with_gradient)
         )
+        await actor.made()  # The answer says after how many steps it is.
         if split is not Split.NONE:
             await _add_point(actor, split, outcome)
     actor.surroundings.observer.loss_evaluated(

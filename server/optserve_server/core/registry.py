@@ -150,7 +150,7 @@ class SessionRegistry:
             actor = self._actors.get(session_id)
             if actor is not None and actor.opened.tenant == tenant:
                 actor.touch()
-                await actor.settled()
+                await actor.made()
                 if self._actors.get(session_id) is actor:
                     return actor
                 continue  # It has gone meanwhile.
@@ -176,10 +176,10 @@ class SessionRegistry:
         )
         later = sorted(own, key=lambda session: self._order[session.session_id])
         page = later[:count]
-        for session in page:
-            if isinstance(session, SessionActor):
-                await session.settled()
-        return page, self._order[page[-1].session_id] if len(later) > count else None
+        next_after = self._order[page[-1].session_id] if len(later) > count else None
+        actors = [session for session in page if isinstance(session, SessionActor)]
+        await asyncio.gather(*(actor.made() for actor in actors))
+        return page, next_after
 
     @contextmanager
     def resized(self, actor: SessionActor, count: int) -> Iterator[None]:
@@ -208,6 +208,8 @@ class SessionRegistry:
             SessionNotFoundError: As of find().
             SessionFailedError: The disk has failed, and keeps it; it may be deleted again.
         """
+        if (actor := self._actors.get(session_id)) and actor.opened.tenant == tenant:
+            await actor.made()  # Or it would be listed without what was told of it.
         while (parked := self._parked(tenant, session_id)) and parked.is_moving:
             await parked.stay()
         actor = self._actors.get(session_id)

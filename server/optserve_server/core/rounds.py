@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -26,6 +27,8 @@ from optserve_server.core.session import Session
 from optserve_server.core.spec import SessionSpec
 from optserve_server.core.work import Work
 
+_LOGGER = logging.getLogger(__name__)
+
 # Adam on so much takes 0.1 ms on one core, half of it for any size at all.
 _SMALL_TENSORS_MAX = 16
 _SMALL_ELEMENTS_MAX = 1 << 16
@@ -42,6 +45,7 @@ class Rounds:
         *,
         observer: Observer,
         monotonic: Callable[[], float],
+        session_id: str,
         publish: Callable[[], None],
         stepped: Callable[[StepOutcome], None],
         check_open: Callable[[], None],
@@ -54,6 +58,7 @@ class Rounds:
             device: Where the gradients go.
             observer: Told how long the phases took.
             monotonic: Seconds, from any beginning.
+            session_id: The session's, for the log.
             publish: Called when the session may stand elsewhere, before anybody else holds it.
             stepped: Called after each step.
             check_open: Called before each step; raises if the session is gone.
@@ -64,6 +69,7 @@ class Rounds:
         self._device = device
         self._observer = observer
         self._monotonic = monotonic
+        self._session_id = session_id
         self._publish = publish
         self._stepped = stepped
         self._check_open = check_open
@@ -176,7 +182,7 @@ class Rounds:
         """Give a received contribution to its round, and wait until the step is applied.
 
         If a preview has computed all of it, and it comes true, only until that is decided: whoever
-        looks at the session has to wait for settled().
+        looks at the session has to wait for made().
 
         Returns:
             What the step did, and whether that had been done before.
@@ -204,9 +210,11 @@ class Rounds:
                 expected=f"a contribution of workers {round_.missing}",
                 retry_after_s=0.0,
             ) from None
-        return await asyncio.shield(round_.decided), False
+        # Whoever has no preview of the step needs the session.
+        certain = round_.decided if contribution.preview else round_.done
+        return await asyncio.shield(certain), False
 
-    async def settled(self) -> None:
+    async def made(self) -> None:
         """Wait until a step that was decided has been made, or has failed."""
         round_ = self._round
         if round_.decided.done():
@@ -248,11 +256,13 @@ class Rounds:
         archive = self.archive
         refusal = await self._admission() if archive else None
         journals = archive is not None and archive.journals
+        shared = self._session.is_shared
         loop = asyncio.get_running_loop()
 
         def decided(outcome: StepOutcome) -> None:
-            # What a journal is to keep is told once it does.
-            if round_.preview and round_.preview.came_true and not journals:
+            # The answer is complete if a preview came true. But what a journal is to keep is told
+            # once it does, and a client with shared memory looks at the session without asking.
+            if round_.preview and round_.preview.came_true and not journals and not shared:
                 loop.call_soon_threadsafe(round_.decide, outcome)
 
         def step() -> None:
@@ -296,6 +306,9 @@ class Rounds:
         self._outcome = outcome = session.last_outcome
         self._round = Round(session.spec.workers, session.steps + 1)
         self._publish()
+        if error is not None and round_.decided.done():  # No call is left to say so.
+            about = {"session": self._session_id, "step": round_.step}
+            _LOGGER.error("a step has failed half way", extra=about, exc_info=error)
         if error is not None or outcome is None:
             round_.refuse(error or AssertionError("a step has an outcome"))
             return

@@ -193,6 +193,11 @@ class Session:
             self._mirrors, self._cuts = list(self._mirrors), None  # Views keep the old memory.
         return self._region
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether clients may read the parameters' values without asking."""
+        return self._region is not None
+
     def check_ready(self) -> None:
         """Make sure that the session can step.
 

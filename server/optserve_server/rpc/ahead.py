@@ -49,7 +49,7 @@ class _Batch(NamedTuple):
 
 
 class Ahead:
-    """Computes and sends the parameters of one open step. Everything happens on the event loop.
+    """Computes and sends the parameters of one open step; the computing is done in a thread.
 
     Made at the step's begin; received() is called as gradients arrive, finish() after the last one,
     sent() once the step is decided or rest() once it is applied, or give_up() if it is not to be;
@@ -109,8 +109,8 @@ class Ahead:
         self._changed.set()
         await self._computing
 
-    def looked_at(self, contribution: Contribution) -> Contribution:
-        """Return the contribution with what has become known of it on the way."""
+    def completed(self, contribution: Contribution) -> Contribution:
+        """Return the contribution with what has become known of it on the way: after finish()."""
         sizes = (gradient.numel() for gradient in self._gradients)
         whole = all(map(operator.eq, self._computed, sizes))
         preview = self._preview if whole else None

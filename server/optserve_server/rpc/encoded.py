@@ -111,9 +111,9 @@ class ParameterSources:
         )
 
     def part_now(self, position: int, first: int, values: Tensor) -> wire.Part:
-        """Return a part, see part(), whose bytes are there already, as far as any thread may.
+        """Return a part, see part(); for any thread.
 
-        They are where they depend on nothing but the values. For any thread.
+        Halves are converted at once. What depends on the answer before is, when it is read.
         """
         if self._wanted not in _HALVES:
             return self.part(position, first, values)

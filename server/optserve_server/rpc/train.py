@@ -221,31 +221,36 @@ class _WorkerStream:
         self._observer.bytes_moved(Direction.RECEIVED, step.byte_count)
         if self._ahead:
             await self._ahead.finish()
-            contribution = self._ahead.looked_at(contribution)
+            contribution = self._ahead.completed(contribution)
         outcome, replayed = await self._actor.commit(contribution)
         started_s = time.perf_counter()
         result = pb.TrainResponse(result=encode.step_result(outcome, replayed=replayed))
+        ahead = self._ahead if self._ahead and self._ahead.holds else None
         on_the_whole = transfer.on_the_whole(self._byte_count, self._limits)
-        if self._ahead and self._ahead.holds and contribution.preview:
+        if ahead and contribution.preview:
             async with on_the_whole:  # While the step is being made.
-                count = await self._ahead.sent()
-                await self._tell(result)
+                count = await ahead.sent()
+                await self._end_answer(result)
         else:
             async with self._actor.reading() as parameters, on_the_whole:
-                if self._ahead and self._ahead.holds:
-                    count = await self._ahead.rest(parameters)
+                if ahead:
+                    count = await ahead.rest(parameters)
                 else:
-                    self._give_up_answer()
-                    await self._begin_answer(outcome.step, parameters, announces=step.announces)
-                    sources = self._sources.whole(parameters)
-                    count = await transfer.send(sources, self._context.write, self._limits)
-                await self._tell(result)
+                    count = await self._answer_anew(outcome.step, parameters, step.announces)
+                await self._end_answer(result)
         self._observer.phase_ended(Phase.SEND, time.perf_counter() - started_s)
         self._observer.bytes_moved(Direction.SENT, count)
-        await self._actor.settled()  # Until then the gradients are needed.
+        # Until then the gradients are needed, and it is not the next step's turn.
+        await self._actor.made()
 
-    async def _tell(self, result: pb.TrainResponse) -> None:
-        """End the answer."""
+    async def _answer_anew(self, number: int, parameters: Sequence[Tensor], announces: bool) -> int:
+        """Send all parameters after the step; return how many bytes they are."""
+        self._give_up_answer()
+        await self._begin_answer(number, parameters, announces=announces)
+        sources = self._sources.whole(parameters)
+        return await transfer.send(sources, self._context.write, self._limits)
+
+    async def _end_answer(self, result: pb.TrainResponse) -> None:
         await self._write(result)
         self._sources.delivered()
         if self._ahead:
