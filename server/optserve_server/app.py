@@ -71,7 +71,7 @@ async def serve(config: Config) -> None:
         cores = config.torch_threads or torch.get_num_threads()
         # What is small enough to be computed here, on the event loop, ends before a second core
         # would have been woken, which torch's fused kernels do for any size.
-        torch.set_num_threads(1)
+        _use_cores(1)
         executor = stack.enter_context(_executor(config.threads, "optserve", cores))
         surroundings = Surroundings(
             device=device,
