@@ -41,11 +41,12 @@ def registry_on(
     limits: Limits,
     overlap: Overlap = Overlap.AUTO,
     persistence: Persistence | None = None,
+    device: Device | None = None,
 ) -> Iterator[SessionRegistry]:
     """Make a registry of sessions whose events happen on ``loop``."""
     with ThreadPoolExecutor(4) as executor:
         surroundings = Surroundings(
-            device=Device("cpu"),
+            device=device or Device("cpu"),
             executor=executor,
             clock=time.time,
             observer=NullObserver(),

@@ -28,16 +28,22 @@ from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 from optserve.v1.session_pb2 import Session, SessionSpec, SessionStatus, Split
 from optserve.v1.tensor_pb2 import TensorChunks, TensorHeader
+from optserve_server.core.device import Device
 from optserve_server.core.limits import WINDOW_BYTES, Limits
 from optserve_server.rpc.server import Server
 
 
 @contextmanager
 def served_in_process(
-    limits: Limits | None = None, window_bytes: int = WINDOW_BYTES
+    limits: Limits | None = None,
+    window_bytes: int = WINDOW_BYTES,
+    device: Device | None = None,
 ) -> Iterator[str]:
     """Serve gRPC on a free port, from an event loop in a thread of this process."""
-    with EventLoopThread() as loop, registry_on(loop, limits or Limits()) as registry:
+    with (
+        EventLoopThread() as loop,
+        registry_on(loop, limits or Limits(), device=device) as registry,
+    ):
         server = loop.call(lambda: Server(registry, window_bytes=window_bytes))
         yield loop.run(server.start("127.0.0.1", 0))
         loop.run(server.stop(0))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from optserve_server.core.streams import Streams
 from optserve_server.core.tensors import TensorSpec
 
 _MEMORY_SHARE = (
@@ -46,6 +48,8 @@ class Device:
             )
         self.torch = torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device("cpu")
         self.is_cuda = kind == "cuda"
+        self.streams = Streams(self.torch, torch.cuda) if self.is_cuda else None
+        """Of copies between it and the CPU. None: it is the CPU."""
 
     @property
     def name(self) -> str:
@@ -85,17 +89,16 @@ class Device:
         return torch.empty(spec.shape, dtype=spec.dtype, pin_memory=self.is_cuda)
 
     def mirror(self, tensor: Tensor) -> Tensor:
-        """Return a CPU tensor that holds what ``tensor`` holds.
-
-        The tensor itself if it is there already.
-        """
-        return torch.empty_like(tensor, device="cpu", pin_memory=True) if self.is_cuda else tensor
+        """Return a CPU tensor for what ``tensor`` holds: the tensor itself if it is there."""
+        if self.streams is None:
+            return tensor
+        return torch.empty_like(tensor, device="cpu", pin_memory=self.is_cuda)
 
     def load(self, staging: Tensor) -> Tensor:
         """Return the staging tensor's content on the device: the tensor itself on the CPU."""
         return staging.to(self.torch, non_blocking=True)
 
-    def synchronize(self) -> None:
-        """Wait until everything that was asked of the device is done."""
-        if self.is_cuda:
-            torch.cuda.synchronize(self.torch)
+    def unload(self, tensors: Sequence[Tensor], mirrors: Sequence[Tensor]) -> None:
+        """Copy tensors, which may still be being computed, to their mirrors; return when done."""
+        if self.streams:
+            self.streams.unload(zip(tensors, mirrors, strict=True))

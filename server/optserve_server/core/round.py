@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optserve_server.core.device import Device
 from optserve_server.core.errors import OptserveError, StepConflictError
 from optserve_server.core.outcome import StepOutcome
 from optserve_server.core.preview import Preview
+from optserve_server.core.staging import Loading
 
 _NARROW = (torch.float16, torch.bfloat16)
 
@@ -25,7 +25,7 @@ class Round:
         """Wait for ``workers`` contributions to ``step``. Made on the event loop."""
         loop = asyncio.get_running_loop()
         self.step = step
-        self._gradients: list[Sequence[Tensor | None] | None] = [None] * workers
+        self._contributions: list[Contribution | None] = [None] * workers
         self.digests = [b""] * workers
         """What identifies the content of each contribution; empty where no digest was sent."""
         self.norm: float | None = None
@@ -45,16 +45,16 @@ class Round:
 
     def has(self, worker: int) -> bool:
         """Return whether the worker has contributed."""
-        return self._gradients[worker] is not None
+        return self._contributions[worker] is not None
 
     @property
     def missing(self) -> list[int]:
         """Workers that have not contributed."""
-        return [worker for worker, gradients in enumerate(self._gradients) if gradients is None]
+        return [worker for worker, each in enumerate(self._contributions) if each is None]
 
     def add(self, contribution: Contribution, time_s: float) -> None:
         """Take a worker's gradients, which stay as they are until the round is done."""
-        self._gradients[contribution.worker] = contribution.gradients
+        self._contributions[contribution.worker] = contribution
         self.digests[contribution.worker] = contribution.digest
         if len(self.digests) == 1:
             self.norm, self.preview = contribution.norm, contribution.preview
@@ -84,7 +84,7 @@ class Round:
             if not future.done():
                 future.set_exception(error)
 
-    def mean(self, device: Device, *, into: Sequence[Tensor] = ()) -> list[Tensor | None]:
+    def mean(self, *, into: Sequence[Tensor] = ()) -> list[Tensor | None]:
         """Return the mean of the contributions, on the device; consumes them.
 
         For each parameter the gradients are added in the order of the workers, whatever the order
@@ -93,14 +93,13 @@ class Round:
         nobody has stays absent.
 
         Args:
-            device: The session's.
             into: One for each parameter, on the device, for the result to lie in. Empty: it lies
                 in memory of the contributions.
         """
-        contributions = [gradients for gradients in self._gradients if gradients is not None]
+        contributions = [each.loaded() for each in self._contributions if each is not None]
         targets = into or itertools.repeat(None)
         return [
-            _mean(gradients, len(contributions), device, target)
+            _mean(gradients, len(contributions), target)
             for target, *gradients in zip(targets, *contributions, strict=False)
         ]
 
@@ -117,6 +116,8 @@ class Contribution:
     """On the CPU, one for each parameter of the session; None where there is none."""
     targets: Sequence[Tensor]
     """The same tensors in the order in which they were announced, to be filled."""
+    loading: Loading | None = None
+    """What brings them to the session's device, and is told as they come. None: they are there."""
     norm: float | None = None
     """Euclidean norm of the gradients, if it is known; see norm_of()."""
     preview: Preview | None = None
@@ -127,6 +128,13 @@ class Contribution:
 
     A round that has it, or the last step.
     """
+
+    def loaded(self) -> Sequence[Tensor | None]:
+        """Return the gradients on the session's device, for computations that are asked for now."""
+        if self.loading is None:
+            return self.gradients
+        loaded = self.loading.finish()
+        return [loaded.get(position) for position in range(len(self.gradients))]
 
     def check_digest(self) -> None:
         """Make sure that what is sent again is what was sent first, as far as anybody can tell.
@@ -159,21 +167,18 @@ class LastContribution:
     """What the step did. None: it waits for other workers, or for its turn to be applied."""
 
 
-def _mean(
-    gradients: Sequence[Tensor | None], workers: int, device: Device, target: Tensor | None
-) -> Tensor | None:
+def _mean(gradients: Sequence[Tensor | None], workers: int, target: Tensor | None) -> Tensor | None:
     first: Tensor | None = None
     for gradient in gradients:
         if gradient is None:
             continue
-        loaded = device.load(gradient)
         if first is None:
             # In the target, if there is one, no client can write to it any more.
-            first = loaded if target is None else target.copy_(loaded)
+            first = gradient if target is None else target.copy_(gradient)
             # A sum of FP16 overflows where its mean does not. The memory is that of a norm's copy.
             total = first.float() if first.dtype in _NARROW and workers > 1 else first
         else:
-            total.add_(loaded)
+            total.add_(gradient)
     if first is None or workers == 1:
         return first
     total.div_(workers)

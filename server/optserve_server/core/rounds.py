@@ -25,6 +25,7 @@ from optserve_server.core.region import Region, RegionUnavailableError, private
 from optserve_server.core.round import Contribution, LastContribution, Round
 from optserve_server.core.session import Session
 from optserve_server.core.spec import SessionSpec
+from optserve_server.core.staging import Staging
 from optserve_server.core.work import Work
 
 _LOGGER = logging.getLogger(__name__)
@@ -77,8 +78,7 @@ class Rounds:
         """What keeps the session on disk. None: nothing does."""
         self._round = Round(session.spec.workers, session.steps + 1)
         self._outcome = session.last_outcome
-        self._staging: list[dict[int, Tensor]] = [{} for _ in range(session.spec.workers)]
-        self._staging_of_all: dict[int, Sequence[Tensor]] = {}
+        self._staging = [self._staging_of() for _ in range(session.spec.workers)]
         # In a session with a journal, once a client shares its gradients, which it could change
         # between the journal and the step: both are of what lies here.
         self._private: Sequence[Tensor] = ()
@@ -98,14 +98,13 @@ class Rounds:
         region = Region(spec.parameters, read_only=False)
         if not self._private and keeps_private_gradients(spec, self._device.torch):
             self._private = private(spec.parameters)
-        self._staging[worker] = dict(enumerate(region.tensors))
+        self._staging[worker] = self._staging_of(region.tensors)
         return region
 
     def release(self, worker: int) -> None:
         """Let the memory of a worker's gradients go while it has no call, unless it is needed."""
         if not self._round.has(worker):
-            self._staging[worker] = {}
-            self._staging_of_all.pop(worker, None)
+            self._staging[worker] = self._staging_of()
 
     @property
     def is_open(self) -> bool:
@@ -161,10 +160,11 @@ class Rounds:
             settled = round_
         gradients: Sequence[Tensor | None] = ()
         targets: Sequence[Tensor] = ()
+        staging = self._staging[worker]
         if settled is None and positions is None:
-            gradients = targets = self._staged_all(worker)
+            gradients = targets = staging.all()
         elif settled is None and positions is not None:
-            staged = {each: self._staged(worker, each) for each in positions}
+            staged = {each: staging.at(each) for each in positions}
             gradients = [staged.get(each) for each in range(len(self._session.parameters))]
             targets = list(staged.values())
         contribution = Contribution(
@@ -173,6 +173,7 @@ class Rounds:
             digest=digest,
             gradients=gradients,
             targets=targets,
+            loading=staging.loading(positions) if settled is None else None,
             settled=settled,
         )
         contribution.check_digest()
@@ -226,7 +227,7 @@ class Rounds:
 
     def forget(self) -> None:
         """Let the gradients' memory go; there will be no more steps."""
-        self._staging, self._staging_of_all, self._private = [], {}, ()
+        self._staging, self._private = [], ()
         self._round = Round(self._session.spec.workers, self._round.step)
 
     async def _join(self, contribution: Contribution) -> Round:
@@ -246,7 +247,7 @@ class Rounds:
         if self._steps_are_small and at_once and self._work.lock.is_free:
             # The way to a thread and back would cost more than the step. Nobody can come between.
             with self._settling(round_):
-                session.step(round_.mean(self._device), round_.digests, round_.norm)
+                session.step(round_.mean(), round_.digests, round_.norm)
         else:
             self._work.spawn(self._apply(round_))
         return round_
@@ -266,7 +267,7 @@ class Rounds:
                 loop.call_soon_threadsafe(round_.decide, outcome)
 
         def step() -> None:
-            gradients = round_.mean(self._device, into=self._private)
+            gradients = round_.mean(into=self._private)
             with round_.preview.beside_others() if round_.preview else nullcontext():
                 self._session.step(gradients, round_.digests, round_.norm, decided)
 
@@ -324,22 +325,9 @@ class Rounds:
             actual=step,
         )
 
-    def _staged_all(self, worker: int) -> Sequence[Tensor]:
-        """Return the worker's buffers for all gradients: always the same list."""
-        if worker not in self._staging_of_all:
-            count = len(self._session.parameters)
-            self._staging_of_all[worker] = [self._staged(worker, each) for each in range(count)]
-        return self._staging_of_all[worker]
-
-    def _staged(self, worker: int, position: int) -> Tensor:
-        """Return the worker's buffer for a gradient.
-
-        Made at its first step, reserved since the session was created.
-        """
-        staging = self._staging[worker]
-        if position not in staging:
-            staging[position] = self._device.staging(self._session.spec.parameters[position])
-        return staging[position]
+    def _staging_of(self, shared: Sequence[Tensor] = ()) -> Staging:
+        """Return memory for a worker's gradients, which takes none before it is needed."""
+        return Staging(self._session.spec.parameters, self._device, shared)
 
 
 def _steps_are_small(spec: SessionSpec, device: Device) -> bool:

@@ -392,8 +392,6 @@ class Session:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
         self._kind.step(self._optimizer)
-        for parameter, mirror in zip(self._parameters, self._mirrors, strict=True):
+        for parameter in self._parameters:
             parameter.grad = None
-            if mirror is not parameter:
-                mirror.copy_(parameter, non_blocking=True)
-        self._device.synchronize()
+        self._device.unload(self._parameters, self._mirrors)

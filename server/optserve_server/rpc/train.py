@@ -365,8 +365,12 @@ class _OpenStep:
 
     def add(self, chunks: list[Chunk]) -> None:
         """Take chunks; see Receiver.add."""
-        if self._receiver:
-            self.byte_count += self._receiver.add(chunks)
+        if not self._receiver:
+            return
+        self.byte_count += self._receiver.add(chunks)
+        if self._contribution.loading:
+            tensors = {chunk.tensor for chunk in chunks}
+            self._contribution.loading.received(filter(self._receiver.is_complete, tensors))
 
     def received(self, position: int) -> int:
         """Return how many bytes of an announced gradient have come."""

@@ -57,6 +57,7 @@ class Receiver:
             field_of: Path of the field that announced the tensor at a position.
             limits: In force.
         """
+        self._targets = targets
         self._assembly = wire.Assembly(targets)
         self._field_of = field_of
         self._chunk_bytes_max = limits.chunk_bytes_max
@@ -95,6 +96,10 @@ class Receiver:
     def received(self, tensor: int) -> int:
         """Return how many bytes of a tensor have come."""
         return self._assembly.received[tensor]
+
+    def is_complete(self, tensor: int) -> bool:
+        """Return whether all bytes of a tensor have come."""
+        return self._assembly.received[tensor] == self._targets[tensor].byte_count
 
     def finish(self) -> None:
         """Check that every tensor is complete.

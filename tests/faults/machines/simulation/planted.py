@@ -85,7 +85,7 @@ def _drop_what_timed_out() -> AbstractContextManager[object]:
         try:
             return await right(self, contribution)
         except RoundTimeoutError:
-            round_._gradients[contribution.worker] = None
+            round_._contributions[contribution.worker] = None
             raise
 
     return patch.object(Rounds, "commit", commit)
@@ -95,9 +95,9 @@ def _add_in_another_order() -> AbstractContextManager[object]:
     """Add the workers' gradients from the last worker to the first."""
     right = Round.mean
 
-    def mean(self: Round, device: Device) -> list[Tensor | None]:
-        self._gradients.reverse()
-        return right(self, device)
+    def mean(self: Round, *, into: Sequence[Tensor] = ()) -> list[Tensor | None]:
+        self._contributions.reverse()
+        return right(self, into=into)
 
     return patch.object(Round, "mean", mean)
 
