@@ -29,4 +29,4 @@ class Benchmark:
     summary: str
     run: Callable[[Conditions], Findings]
     thorough_only: bool = False
-    """Whether it has no rows, and is left out of a quick check."""
+    """Whether no claim needs it, so that a quick check leaves it out."""

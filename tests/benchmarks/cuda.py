@@ -6,7 +6,7 @@ import torch
 from benchmarks.arena import Contender, Contest, compete
 from benchmarks.bulk import PARAMETERS
 from benchmarks.conditions import Conditions
-from benchmarks.figures import Findings
+from benchmarks.figures import Findings, stated
 from benchmarks.job import SkippedError
 from benchmarks.training import Outcome
 
@@ -19,6 +19,11 @@ OURS_SHM = Contender(
     options={"device": "cuda", "lane": "shm"},
     outcome=_OUTCOME,
 )
+ROWS = {
+    "CUDA: step / H2D + fused step + D2H": OURS,
+    "CUDA, shared memory: step / H2D + fused step + D2H": OURS_SHM,
+}
+"""What is stated, of which contender."""
 
 
 def cuda(conditions: Conditions) -> Findings:
@@ -37,4 +42,9 @@ def cuda(conditions: Conditions) -> Findings:
         contenders=[LOCAL, OURS, OURS_SHM],
         threads=conditions.threads,
     )
-    return Findings(comparisons=(compete(contest, conditions.effort, conditions.report),))
+    found = compete(contest, conditions.effort, conditions.report)
+    rows = [
+        stated(name, "x", found.ratio(contender.name, LOCAL.name))
+        for name, contender in ROWS.items()
+    ]
+    return Findings(comparisons=(found,), rows=tuple(rows))

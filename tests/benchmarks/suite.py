@@ -54,7 +54,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         name="cuda",
-        summary="25 M parameters on a CUDA device: the copies and the update alone (no row)",
+        summary="25 M parameters on a CUDA device: the copies and the update alone",
         run=cuda.cuda,
         thorough_only=True,
     ),

@@ -35,7 +35,8 @@ _RETRY_AFTER_S = (
 def session_bytes(spec: SessionSpec, device: torch.device) -> int:
     """Return how much memory a session takes at most.
 
-    Parameters, optimizer state, gradients, torch's temporaries, and the weights of its loss.
+    Parameters, optimizer state, gradients, torch's temporaries, and the weights of its loss. On
+    CUDA this is the device's; of pinned memory, for parameters and gradients, it takes less.
 
     Raises:
         InvalidHyperparameterError: torch does not take the hyperparameters of a group.

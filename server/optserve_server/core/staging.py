@@ -30,7 +30,7 @@ class Staging:
     Made when it is first needed, reserved since the session was created, the same for all steps.
     """
 
-    __slots__ = ("_all", "_device", "_received", "_rooms", "_specs")
+    __slots__ = ("_all", "_device", "_received", "_rooms", "_specs", "is_shared")
 
     def __init__(
         self, specs: Sequence[TensorSpec], device: Device, shared: Sequence[Tensor] = ()
@@ -42,6 +42,8 @@ class Staging:
             device: The session's.
             shared: Memory that the client writes itself, for all of them. Empty: there is none.
         """
+        self.is_shared = bool(shared)
+        """Whether the client writes it itself."""
         self._specs = specs
         self._device = device
         self._received = dict(enumerate(shared))
@@ -101,6 +103,8 @@ class Loading:
             tensors: Their places among those that were announced.
         """
         staging, streams = self._staging, self._streams
+        if staging.is_shared:  # It is not pinned: a copy of it would not be asked for, but made.
+            return
         positions = {self._positions[tensor] for tensor in tensors} - self._begun
         coming = [each for each in positions if staging.at(each).nbytes >= EARLY_BYTES_MIN]
         if coming:
@@ -110,8 +114,7 @@ class Loading:
     def finish(self) -> dict[int, Tensor]:
         """Have computations that are asked for from now on wait until all are there.
 
-        What nobody said had been received is copied among the computations. Memory that is shared
-        is not pinned: a copy of it is not asked for, but made, and takes its time.
+        What has not begun is copied among the computations.
 
         Returns:
             The gradients on the device, by position.

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 from drivers import Driver, Worker
-from drivers_grpc import StubDriver, served_in_process
+from drivers_grpc import StubDriver, StubWorker, served_in_process
 from drivers_shared import SharedDriver
 from event_loop import TIMEOUT_S
 from late_device import LateDevice, StandingDevice
@@ -210,6 +210,9 @@ def test_gradients_in_shared_memory_are_copied_among_computations(
     """Their memory is not pinned: to ask for a copy would be to make it."""
     with served_in_process(device=device) as address, SharedDriver(address) as driver:
         came = _trajectory(driver, 2, ["large"])
+        with _workers(driver, _spec()) as [worker]:
+            assert isinstance(worker, StubWorker)
+            StubWorker.start(worker, 1, _tensors(10)).result(TIMEOUT_S)  # In chunks, all the same.
     assert came == _trajectory(grpc_driver, 2, ["large"])
     assert device.loads.shapes == []
     assert device.unloads.shapes
