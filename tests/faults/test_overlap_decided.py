@@ -158,7 +158,7 @@ def test_a_client_that_leaves_after_the_result_leaves_the_step(update: _Update) 
 def test_who_leaves_while_the_step_is_made_leaves_no_gradients_behind(update: _Update) -> None:
     with _while_one_is_made(update) as (world, session_id, stream):
         actor = world.registry._actors[session_id]
-        gone = are_gone(world.loop.call(lambda: list(actor._rounds._staging[0].values())))
+        gone = are_gone(world.loop.call(actor._rounds._staging[0].all))
         stream.cancel()
         world.until(lambda: not list(actor._seats))
         update.let_go.set()
