@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
@@ -24,12 +23,12 @@ from optserve_server.core.errors import (
     StalledError,
 )
 from optserve_server.core.events import Direction, Phase
-from optserve_server.core.round import Contribution
 from optserve_server.core.seats import Seat
 from optserve_server.core.surroundings import Overlap
 from optserve_server.core.tenant import TenantRegistry
 from optserve_server.rpc import decode, encode, encoded, shared_memory, status, transfer
 from optserve_server.rpc.ahead import MEMORY_BYTES, Ahead
+from optserve_server.rpc.open_step import OpenStep
 from optserve_server.rpc.packed import PackedForm
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -100,7 +99,7 @@ class _WorkerStream:
         self._packed = PackedForm(actor.spec, registry.limits)
         self._targets = encoded.GradientTargets(actor.spec.wire.gradients)
         self._sources = encoded.ParameterSources(actor.spec.wire.parameters)
-        self._step: _OpenStep | None = None
+        self._step: OpenStep | None = None
         self._ahead: Ahead | None = None
         self._void: Ahead | None = None  # Given up, and perhaps still on its way.
         self._room = ExitStack()  # For one of them at a time; none while the stream rests.
@@ -187,7 +186,7 @@ class _WorkerStream:
         if contribution.settled is None:
             targets = self._targets.of(contribution.targets)
             receiver = transfer.Receiver(targets, "gradients[{}]".format, self._limits)
-        self._step = _OpenStep(contribution, receiver, announces=not begin.every_parameter)
+        self._step = OpenStep(contribution, receiver, announces=not begin.every_parameter)
         if self._void and self._void.is_over:
             self._forget_void()
         # Whoever does not read what is void must be able to send all the same.
@@ -207,14 +206,14 @@ class _WorkerStream:
             return False
         return True
 
-    def _tell_ahead(self, ahead: Ahead, step: _OpenStep, chunks: list[Chunk]) -> None:
+    def _tell_ahead(self, ahead: Ahead, step: OpenStep, chunks: list[Chunk]) -> None:
         """Say which gradients have grown."""
         specs, encoding = self._actor.spec.parameters, self._actor.spec.wire.gradients
         for position in {chunk.tensor for chunk in chunks}:
             count = step.received(position)
             ahead.received(position, encoded.complete_elements(specs[position], encoding, count))
 
-    async def _end(self, step: _OpenStep, digest: bytes) -> None:
+    async def _end(self, step: OpenStep, digest: bytes) -> None:
         contribution = step.finish(decode.digest(digest, self._limits))
         self._step = None
         self._observer.phase_ended(Phase.RECEIVE, time.perf_counter() - step.started_s)
@@ -341,61 +340,3 @@ class _WorkerStream:
             expected="chunks or end" if self._step else "begin or packed",
             actual=event or "",
         )
-
-
-class _OpenStep:
-    """A step that was begun, and whose gradients are coming."""
-
-    def __init__(
-        self, contribution: Contribution, receiver: transfer.Receiver | None, *, announces: bool
-    ) -> None:
-        """Receive a contribution.
-
-        Args:
-            contribution: What is being received.
-            receiver: Takes the chunks. None: they are not needed.
-            announces: Whether the answer announces the parameters.
-        """
-        self.announces = announces
-        self.started_s = time.perf_counter()
-        self.byte_count = 0
-        """How many bytes have come."""
-        self._contribution = contribution
-        self._receiver = receiver
-
-    def add(self, chunks: list[Chunk]) -> None:
-        """Take chunks; see Receiver.add."""
-        if not self._receiver:
-            return
-        self.byte_count += self._receiver.add(chunks)
-        if self._contribution.loading:
-            tensors = {chunk.tensor for chunk in chunks}
-            self._contribution.loading.received(filter(self._receiver.is_complete, tensors))
-
-    def received(self, position: int) -> int:
-        """Return how many bytes of an announced gradient have come."""
-        return self._receiver.received(position) if self._receiver else 0
-
-    def finish(self, digest: bytes) -> Contribution:
-        """Check that the gradients are complete, and return what was received.
-
-        Args:
-            digest: What identifies it, if that was not known at the beginning.
-
-        Raises:
-            InvalidFieldError: The digest is not the one that the step began with.
-            ByteCountMismatchError: As of Receiver.finish.
-        """
-        if self._receiver:
-            self._receiver.finish()
-        begun = self._contribution.digest
-        if not digest or digest == begun:
-            return self._contribution
-        if begun:
-            raise InvalidFieldError(
-                "the step ends with another digest than it began with",
-                field="digest",
-                expected=begun.hex(),
-                actual=digest.hex(),
-            )
-        return dataclasses.replace(self._contribution, digest=digest)
